@@ -1,0 +1,151 @@
+"""``AsyncMemory``: the same verbs as coroutines. One body: each runs the synchronous verb in a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from memory_os.memory import Memory, Scope, Stream
+from memory_os.types import Namespace, Reply
+
+__all__ = ["AsyncMemory", "AsyncScope", "AsyncStream"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[AsyncScope, P], Coroutine[Any, Any, R]]:
+    @wraps(verb)
+    async def run(self: AsyncScope, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.to_thread(verb, self.scope, *args, **kwargs)
+
+    return run
+
+
+class AsyncScope:
+    """``Scope`` for asyncio."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def session(self, name: str) -> AsyncScope:
+        """The same verbs on one session of the namespace."""
+        return AsyncScope(self.scope.session(name))
+
+    add = _threaded(Scope.add)
+    add_many = _threaded(Scope.add_many)
+    ingest = _threaded(Scope.ingest)
+    forget = _threaded(Scope.forget)
+    export = _threaded(Scope.export)
+    import_ = _threaded(Scope.import_)
+    context = _threaded(Scope.context)
+    search = _threaded(Scope.search)
+    why = _threaded(Scope.why)
+    history = _threaded(Scope.history)
+    segment = _threaded(Scope.segment)
+    stats = _threaded(Scope.stats)
+
+    async def chat(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Reply:
+        """One whole turn; cancelling it interrupts the model and stores what was said."""
+        stream = self.stream(query, speaker=speaker, budget=budget)
+        async for _ in stream:
+            pass
+        return stream.reply
+
+    def stream(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> AsyncStream:
+        """One whole turn, piece by piece."""
+        return AsyncStream(self.scope.stream(query, speaker=speaker, budget=budget))
+
+
+class AsyncStream:
+    """``Stream`` for asyncio."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._pieces()
+
+    async def _pieces(self) -> AsyncIterator[str]:
+        end = object()
+        step: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, self._stream, end))
+                piece = await asyncio.shield(step)
+                if piece is end:
+                    return
+                yield piece
+        finally:
+            # cancelled in mid-step: the thread must come back before the turn can be closed
+            if step is not None and not step.done():
+                await asyncio.wait([step])
+            await asyncio.to_thread(self._stream.close)
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply, when the stream has ended."""
+        return self._stream.reply
+
+
+class AsyncMemory:
+    """``Memory`` for asyncio: ``async with AsyncMemory.open(...) as memory``, or ``await AsyncMemory.open(...)``."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    @staticmethod
+    def open(path: str | Path, **kwargs: Any) -> _Opening:
+        """Open as ``Memory.open`` does, with the same parameters, in a worker thread."""
+        return _Opening(lambda: Memory.open(path, **kwargs))
+
+    def namespace(self, *labels: str) -> AsyncScope:
+        """The verbs on one namespace."""
+        return AsyncScope(self.memory.namespace(*labels))
+
+    async def namespaces(self) -> list[Namespace]:
+        """All that hold anything."""
+        return await asyncio.to_thread(self.memory.namespaces)
+
+    async def check(self) -> dict[str, list[str]]:
+        """What is wrong with the store, by kind."""
+        return await asyncio.to_thread(self.memory.check)
+
+    async def repair(self) -> dict[str, int]:
+        """Rebuild what is derived and missing or wrong."""
+        return await asyncio.to_thread(self.memory.repair)
+
+    async def close(self) -> None:
+        """Release the database and the index."""
+        await asyncio.to_thread(self.memory.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class _Opening:
+    """A memory that is being opened: awaitable, and an async context manager."""
+
+    def __init__(self, opener: Callable[[], Memory]) -> None:
+        self._opener = opener
+        self._memory: AsyncMemory | None = None
+
+    def __await__(self) -> Generator[Any, None, AsyncMemory]:
+        return self._open().__await__()
+
+    async def _open(self) -> AsyncMemory:
+        return AsyncMemory(await asyncio.to_thread(self._opener))
+
+    async def __aenter__(self) -> AsyncMemory:
+        self._memory = await self._open()
+        return self._memory
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._memory is not None:
+            await self._memory.close()

@@ -1,0 +1,162 @@
+"""Wiring: names to objects. The only file that knows every folder, and every name a user can choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
+from memory_os.turn import Options, Parts
+
+if TYPE_CHECKING:
+    from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+
+__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts"]
+
+
+def _auto(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.auto import AutoController
+
+    return AutoController(**options)
+
+
+def _recency(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.recency import RecencyController
+
+    return RecencyController(**options)
+
+
+def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+    from memory_os.stores.exact import ExactIndex
+
+    return ExactIndex(store, fingerprint=fingerprint)
+
+
+def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+    from memory_os.stores.chroma import ChromaIndex
+
+    return ChromaIndex(store, fingerprint=fingerprint, folder=path.with_name(path.name + ".chroma"))
+
+
+def _minilm() -> Embedder:
+    from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
+
+    return SentenceTransformerEmbedder("minilm")
+
+
+def _hash() -> Embedder:
+    from memory_os.adapters.scripted import HashEmbedder
+
+    return HashEmbedder()
+
+
+CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {"auto": _auto, "recency": _recency}
+VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
+EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
+
+ADAPTERS_WITH = {"ScoringLLM": "HuggingFaceLLM", "CachingLLM": "HuggingFaceLLM"}
+
+
+def build_parts(
+    path: str | Path,
+    *,
+    llm: str | LLM | None,
+    embedder: str | Embedder,
+    vectors: str,
+    controller: str | Controller,
+    controller_options: Mapping[str, Any],
+    tokenizer: str | TokenCounter | None,
+    options: Options,
+) -> Parts:
+    """Make the collaborators of a turn. Models are loaded when they are first used.
+
+    :raises ConfigError: for a name that is not known or a package that is missing; nothing was created.
+    :raises StoreError: if the database cannot be opened.
+    """
+    file = database_path(path)
+    chosen_llm = _llm(llm) if isinstance(llm, str) else llm
+    chosen_controller = _controller(controller, controller_options) if isinstance(controller, str) else controller
+    for capability in chosen_controller.needs:
+        if not isinstance(chosen_llm, capability):
+            adapter = ADAPTERS_WITH.get(capability.__name__, "no adapter here")
+            raise CapabilityError(chosen_controller.name, capability.__name__, adapter)
+    chosen_embedder = _embedder(embedder) if isinstance(embedder, str) else embedder
+    if vectors not in VECTORS:
+        raise UnknownNameError("vector index", vectors, VECTORS)
+    counter = _counter(tokenizer, chosen_llm)
+
+    from memory_os.adapters.tokenizers import counter_for
+    from memory_os.stores.sqlite import SqliteStore
+
+    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text))
+    try:
+        index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
+    except BaseException:
+        store.close()
+        raise
+    return Parts(store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options)
+
+
+def database_path(path: str | Path) -> Path:
+    """The file that a path or a ``sqlite:///`` URL names.
+
+    :raises StoreError: for the URL of a database that cannot be used.
+    """
+    text = str(path)
+    if "://" in text:
+        scheme, _, rest = text.partition("://")
+        if scheme != "sqlite" or not rest.startswith("/"):
+            raise StoreError(f"cannot open {text}: give a file's path or sqlite:///path")
+        text = rest[1:]
+    if not text:
+        raise ConfigError("no database named; give a file's path, such as memory.db")
+    return Path(text).expanduser().absolute()
+
+
+def _controller(name: str, options: Mapping[str, Any]) -> Controller:
+    if name not in CONTROLLERS:
+        raise UnknownNameError("controller", name, CONTROLLERS)
+    try:
+        return CONTROLLERS[name](options)
+    except TypeError as error:
+        raise ConfigError(f"controller {name!r} does not take these options: {error}") from error
+
+
+def _embedder(name: str) -> Embedder:
+    if name in EMBEDDERS:
+        return EMBEDDERS[name]()
+    if name.startswith("st:"):
+        from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
+
+        return SentenceTransformerEmbedder(name.removeprefix("st:"))
+    raise UnknownNameError("embedder", name, EMBEDDERS, "or st:NAME for any sentence-transformers model or folder")
+
+
+def _llm(name: str) -> LLM:
+    if name == "smollm2" or name.startswith("hf:"):
+        from memory_os.adapters.huggingface import HuggingFaceLLM
+
+        return HuggingFaceLLM(name.removeprefix("hf:"))
+    if ":" in name:
+        from memory_os.adapters.langchain import LangChainLLM
+
+        return LangChainLLM.from_string(name)
+    raise UnknownNameError(
+        "LLM", name, ["smollm2"], "or hf:NAME for a transformers model or folder, or provider:model through LangChain"
+    )
+
+
+def _counter(tokenizer: str | TokenCounter | None, llm: LLM | None) -> TokenCounter:
+    """A named tokenizer wins, then the LLM's own, then cl100k_base."""
+    if tokenizer is None:
+        if llm is not None:
+            return llm
+        tokenizer = "cl100k_base"
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    if tokenizer == "smollm2" or tokenizer.startswith("hf:"):
+        return _llm(tokenizer)
+    from memory_os.adapters.tokenizers import counter_for
+
+    return counter_for(tokenizer)

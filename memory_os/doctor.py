@@ -1,0 +1,50 @@
+"""Care for a store: find what is derived and missing or wrong, and rebuild it from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memory_os.derive import catch_up
+from memory_os.turn import Parts
+
+__all__ = ["check", "repair"]
+
+
+def check(parts: Parts) -> dict[str, list[str]]:
+    """Faults by kind, each with what it concerns: those of the store, and vectors that the index holds too many of.
+
+    ``pending_vectors`` is work that was interrupted and not a fault of the data.
+    """
+    faults = parts.store.check(parts.embedder.fingerprint)
+    faults["index"] = _index_strays(parts)
+    return faults
+
+
+def _index_strays(parts: Parts) -> list[str]:
+    strays: set[str] = set()
+    for namespace in parts.store.namespaces():
+        held = parts.index.ids(namespace)
+        strays |= held - set(parts.store.get(namespace, held))
+    return sorted(strays)
+
+
+def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[str, int]:
+    """Mend what ``check`` finds and make every pending vector; counts by kind of what was found.
+
+    Damage to the file itself is reported and cannot be mended here: restore a backup or an export.
+    """
+    found = parts.store.repair(parts.embedder.fingerprint)
+    found["index"] = len(_index_strays(parts))
+    done = 0
+    for namespace in parts.store.namespaces():
+        base = done
+        done += catch_up(
+            parts.store,
+            parts.embedder,
+            namespace,
+            progress=(lambda n, base=base: progress(base + n)) if progress else None,  # type: ignore[misc]
+        )
+        if found["index"] or found["orphan_vectors"] or found["missing_vectors"]:
+            parts.index.drop(namespace)
+        parts.index.sync(namespace)
+    return found

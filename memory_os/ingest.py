@@ -1,0 +1,323 @@
+"""Files to segments: plain text, Markdown and chats in JSON or JSONL. Parsing only; storing is the facade's.
+
+Every segment gets a key made of the source, its own content, and how often that content came before in the source.
+So ingesting again, or on from where an interrupted run stopped, adds nothing twice; a line added to the file adds one
+segment; and two equal turns of one chat are both kept.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from memory_os.errors import InvalidInputError
+from memory_os.types import NewSegment, Role
+
+__all__ = ["FORMATS", "check_text", "parse_time", "read_segments", "with_keys"]
+
+FORMATS = ("text", "markdown", "chat")
+MAX_PASSAGE_CHARS = 1200
+"""Documents are cut at paragraphs, then sentences, into passages of at most so many characters (about 300 tokens)."""
+MAX_TEXT_CHARS = 1_000_000
+
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+_HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
+_SESSION = re.compile(r"^session_(\d+)$")
+_ROLES: dict[str, Role] = {
+    "user": "user", "human": "user", "assistant": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
+    "system": "system", "developer": "system", "tool": "tool", "function": "tool",
+}  # fmt: skip
+
+
+def check_text(text: object, *, source: str | None = None, line: int | None = None) -> str:
+    """Give the text back if it can be stored.
+
+    :raises InvalidInputError: for anything but a string, for blank text, for characters that no UTF-8 file can hold, and
+        for more than a million characters.
+    """
+    if not isinstance(text, str):
+        raise InvalidInputError(f"the text must be a string, not {type(text).__name__}", source=source, line=line)
+    if not text.strip():
+        raise InvalidInputError("the text is empty; there is nothing to remember", source=source, line=line)
+    if len(text) > MAX_TEXT_CHARS:
+        raise InvalidInputError(
+            f"the text has {len(text)} characters, a segment at most {MAX_TEXT_CHARS}; store it as a file: memos ingest",
+            source=source,
+            line=line,
+        )
+    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise InvalidInputError(
+            "the text holds a NUL or a lone surrogate, which cannot be stored; remove it", source=source, line=line
+        )
+    return text
+
+
+def parse_time(value: object, *, source: str | None = None, line: int | None = None) -> datetime:
+    """Give back a time in UTC from ISO 8601, seconds since 1970, or a form like ``1:56 pm on 8 May, 2023``.
+
+    A time without a zone is taken as UTC.
+
+    >>> parse_time("1:56 pm on 8 May, 2023").isoformat()
+    '2023-05-08T13:56:00+00:00'
+
+    :raises InvalidInputError: for anything else.
+    """
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC)
+        if isinstance(value, datetime):
+            time = value
+        else:
+            text = str(value).strip()
+            try:
+                time = datetime.fromisoformat(text)
+            except ValueError:
+                time = datetime.strptime(text, "%I:%M %p on %d %B, %Y")
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidInputError(
+            f"cannot read the time {value!r}; write it as ISO 8601, such as 2023-05-08T13:56:00Z", source=source, line=line
+        ) from error
+
+
+def with_keys(segments: Iterable[NewSegment], source: str) -> Iterator[NewSegment]:
+    """Name the source in each segment and give it the key that makes storing it again a no-op."""
+    seen: Counter[str] = Counter()
+    for segment in segments:
+        when = segment.created_at.isoformat() if segment.created_at else ""
+        content = [source, segment.session, segment.role, segment.speaker or "", when, segment.text]
+        digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+        seen[digest] += 1
+        yield replace(segment, source=source, key=f"{digest[:40]}.{seen[digest]}")
+
+
+def read_segments(
+    stream: BinaryIO, *, name: str, format: str | None, session: str, pick: str | None = None
+) -> Iterator[NewSegment]:
+    """The segments of a file, in order, without keys.
+
+    :param stream: seekable; it is read twice, first to make sure that all of it is UTF-8.
+    :param name: the file's name, for errors and to guess the format from its ending.
+    :param format: ``text``, ``markdown`` or ``chat``; ``None`` to guess.
+    :param session: the session of what names none itself.
+    :param pick: of a file with several conversations, the one with this id.
+    :raises InvalidInputError: with the line where there is one. What was yielded before it is good.
+    """
+    _check_utf8(stream, name)
+    text = codecs.getreader("utf-8-sig")(stream)
+    chosen = format or _guess(stream, name)
+    if chosen not in FORMATS:
+        raise InvalidInputError(f"unknown format {chosen!r}; known: {', '.join(FORMATS)}", source=name)
+    if chosen == "chat":
+        segments = _chat(text, name, session, pick)
+    else:
+        segments = _document(text.read(), session, markdown=chosen == "markdown")
+    empty = True
+    for segment in segments:
+        empty = False
+        yield segment
+    if empty:
+        raise InvalidInputError("there is nothing in it to remember", source=name)
+
+
+def _check_utf8(stream: BinaryIO, name: str) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    try:
+        while block := stream.read(1 << 20):
+            decoder.decode(block)
+            position += len(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"not UTF-8 (near byte {position + error.start}); convert it first, for example with iconv", source=name
+        ) from error
+    stream.seek(0)
+
+
+def _guess(stream: BinaryIO, name: str) -> str:
+    ending = Path(name).suffix.lower()
+    if ending in (".json", ".jsonl", ".ndjson"):
+        return "chat"
+    if ending in (".md", ".markdown"):
+        return "markdown"
+    if ending:
+        return "text"
+    start = stream.read(4096).lstrip()
+    stream.seek(0)
+    return "chat" if start.startswith((b"{", b"[{", b"[\n", b"[ ")) else "text"
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+def _document(text: str, session: str, *, markdown: bool) -> Iterator[NewSegment]:
+    headings: list[str] = []
+    for start, end in _passages(text, markdown=markdown):
+        passage = text[start:end]
+        metadata: dict[str, Any] = {}
+        if markdown:
+            _follow_headings(passage, headings)
+            metadata = {"headings": list(headings)} if headings else {}
+        yield NewSegment(passage, session, kind="document", offset=(start, end), metadata=metadata)
+
+
+def _follow_headings(passage: str, headings: list[str]) -> None:
+    first = passage.split("\n", 1)[0]
+    if match := _HEADING.match(first):
+        level = len(first) - len(first.lstrip("#"))
+        del headings[level - 1 :]
+        headings.append(match[1])
+
+
+def _passages(text: str, *, markdown: bool) -> Iterator[tuple[int, int]]:
+    """Spans of neighbouring paragraphs, together at most ``MAX_PASSAGE_CHARS``; a Markdown heading starts a new one."""
+    open_start = open_end = -1
+    for start, end in _pieces(text):
+        heading = markdown and _HEADING.match(text[start:end].split("\n", 1)[0])
+        if open_start >= 0 and (heading or end - open_start > MAX_PASSAGE_CHARS):
+            yield open_start, open_end
+            open_start = -1
+        if open_start < 0:
+            open_start = start
+        open_end = end
+    if open_start >= 0:
+        yield open_start, open_end
+
+
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of paragraphs; one that is too long is cut at sentences, and a sentence that is too long at the limit."""
+    for start, end in _spans(text, 0, len(text), _PARAGRAPH):
+        if end - start <= MAX_PASSAGE_CHARS:
+            yield start, end
+            continue
+        for low, high in _spans(text, start, end, _SENTENCE):
+            for cut in range(low, high, MAX_PASSAGE_CHARS):
+                yield cut, min(cut + MAX_PASSAGE_CHARS, high)
+
+
+def _spans(text: str, start: int, end: int, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    low = start
+    for match in separator.finditer(text, start, end):
+        if text[low : match.start()].strip():
+            yield low, match.start()
+        low = match.end()
+    if text[low:end].strip():
+        yield low, end
+
+
+# -- chats -------------------------------------------------------------------------------------------------------------
+
+
+def _chat(text: codecs.StreamReader, name: str, session: str, pick: str | None) -> Iterator[NewSegment]:
+    first = text.readline()
+    try:
+        record = json.loads(first)
+    except json.JSONDecodeError:
+        record = None
+    rest_is_lines = isinstance(record, Mapping) and not _is_conversation(record)
+    if rest_is_lines or (record is None and Path(name).suffix.lower() in (".jsonl", ".ndjson")):
+        yield from _chat_lines(first, text, name, session)
+        return
+    whole = first + text.read()
+    try:
+        data = json.loads(whole)
+    except json.JSONDecodeError as error:
+        raise InvalidInputError(f"not JSON: {error.msg}", source=name, line=error.lineno) from error
+    yield from _chat_data(data, name, session, pick)
+
+
+def _chat_lines(first: str, rest: Iterable[str], name: str, session: str) -> Iterator[NewSegment]:
+    number = 0
+    for lines in ([first], rest):
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InvalidInputError(
+                    f"not a whole JSON record ({error.msg}); what came before it is stored; mend the line and run again",
+                    source=name,
+                    line=number,
+                ) from error
+            yield _message(record, name, session, number)
+
+
+def _is_conversation(record: Mapping[str, Any]) -> bool:
+    return any(field in record for field in ("messages", "conversation", "dialogue")) or any(
+        _SESSION.match(field) for field in record
+    )
+
+
+def _chat_data(data: Any, name: str, session: str, pick: str | None) -> Iterator[NewSegment]:
+    if isinstance(data, Mapping):
+        data = [data]
+    if not isinstance(data, list):
+        raise InvalidInputError("a chat is a JSON list of messages, or an object with 'messages'", source=name)
+    conversations = [item for item in data if isinstance(item, Mapping) and _is_conversation(item)]
+    if not conversations:
+        for item in data:
+            yield _message(item, name, session, None)
+        return
+    ids = [str(c.get("sample_id", c.get("id", i))) for i, c in enumerate(conversations, start=1)]
+    if pick is not None and pick not in ids:
+        raise InvalidInputError(f"no conversation {pick!r} in it; there are: {', '.join(ids)}", source=name)
+    for id_, conversation in zip(ids, conversations, strict=True):
+        if pick in (None, id_):
+            prefix = session if len(ids) == 1 or pick else f"{session}/{id_}"
+            yield from _conversation(conversation, name, prefix)
+
+
+def _conversation(conversation: Mapping[str, Any], name: str, session: str) -> Iterator[NewSegment]:
+    inner = conversation.get("conversation", conversation)
+    if isinstance(inner, list) or "messages" in inner:
+        for item in inner if isinstance(inner, list) else inner["messages"]:
+            yield _message(item, name, session, None)
+        return
+    numbers = sorted(int(match[1]) for field in inner if (match := _SESSION.match(field)))
+    for number in numbers:
+        when = inner.get(f"session_{number}_date_time")
+        time = parse_time(when, source=name) if when else None
+        for item in inner[f"session_{number}"]:
+            yield _message(item, name, f"{session}/session_{number}", None, time)
+
+
+def _message(
+    record: Any, name: str, session: str, line: int | None, time: datetime | None = None
+) -> NewSegment:
+    if not isinstance(record, Mapping):
+        raise InvalidInputError(f"a message is a JSON object, not {type(record).__name__}", source=name, line=line)
+    text = record.get("text", record.get("content"))
+    if isinstance(text, list):  # OpenAI's content parts
+        text = "\n".join(part["text"] for part in text if isinstance(part, Mapping) and "text" in part)
+    if text is None:
+        raise InvalidInputError("a message has 'content' or 'text'; this one has neither", source=name, line=line)
+    role = _ROLES.get(str(record.get("role", "user")).lower())
+    if role is None:
+        raise InvalidInputError(f"unknown role {record['role']!r}; known: {', '.join(_ROLES)}", source=name, line=line)
+    when = record.get("created_at", record.get("timestamp", record.get("date")))
+    speaker = record.get("speaker", record.get("name"))
+    extra = {
+        field: value
+        for field, value in record.items()
+        if field not in ("text", "content", "role", "speaker", "name", "created_at", "timestamp", "date", "session")
+    }
+    return NewSegment(
+        check_text(text, source=name, line=line),
+        str(record.get("session", session)),
+        role=role,
+        speaker=str(speaker) if speaker else None,
+        created_at=parse_time(when, source=name, line=line) if when is not None else time,
+        metadata=extra,
+    )

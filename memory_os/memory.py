@@ -1,0 +1,505 @@
+"""The facade: ``Memory`` owns a store and its models; ``Scope`` is one namespace, or one session in it, with the verbs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
+
+from memory_os.derive import catch_up
+from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
+from memory_os.ingest import check_text, parse_time, read_segments, with_keys
+from memory_os.recall import recall
+from memory_os.trace import Finding, explain
+from memory_os.transfer import export_lines, parse_lines
+from memory_os.turn import Options, Parts, prepare, run_turn
+from memory_os.types import (
+    Context,
+    Hit,
+    Kind,
+    Namespace,
+    NewSegment,
+    Reply,
+    Role,
+    Segment,
+    Trace,
+    as_namespace,
+)
+
+if TYPE_CHECKING:
+    from memory_os.protocols import LLM, Controller, Embedder, TokenCounter
+
+__all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
+
+T = TypeVar("T")
+
+DEFAULT_SESSION = "default"
+BATCH = 256
+ROLES = ("user", "assistant", "system", "tool")
+KINDS = ("turn", "document", "note")
+
+
+class Memory:
+    """A store and the models that read it. Read and write through ``namespace(...)``.
+
+    >>> from memory_os.adapters.scripted import ScriptedLLM
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Memory.open(folder + "/memory.db", llm=ScriptedLLM(["Noted."]), embedder="hash") as memory:
+    ...         reply = memory.namespace("alice").session("monday").chat("My cat is called Miso.")
+    >>> reply.text
+    'Noted.'
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        llm: str | LLM | None = None,
+        embedder: str | Embedder = "minilm",
+        vectors: str = "exact",
+        controller: str | Controller = "auto",
+        controller_options: Mapping[str, Any] | None = None,
+        tokenizer: str | TokenCounter | None = None,
+        **options: Any,
+    ) -> Self:
+        """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
+
+        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"provider:model"`` or an object; only ``chat`` and ``stream`` need one.
+        :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"`` or an object.
+        :param vectors: ``"exact"`` or ``"chroma"``.
+        :param controller: ``"auto"``, ``"recency"`` or an object.
+        :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
+            without an LLM cl100k_base.
+        :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
+        :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
+        :raises StoreError: if the database cannot be opened, or is of a newer version.
+        """
+        from memory_os.build import build_parts
+
+        try:
+            checked = Options(**options)
+        except TypeError as error:
+            raise ConfigError(f"Memory.open: {error}".replace("Options.__init__() ", "")) from error
+        return cls(
+            build_parts(
+                path,
+                llm=llm,
+                embedder=embedder,
+                vectors=vectors,
+                controller=controller,
+                controller_options=controller_options or {},
+                tokenizer=tokenizer,
+                options=checked,
+            )
+        )
+
+    def namespace(self, *labels: str) -> Scope:
+        """The verbs on one namespace.
+
+        :raises NamespaceError: for no label or one that cannot be used.
+        """
+        return Scope(self.parts, as_namespace(labels))
+
+    def namespaces(self) -> list[Namespace]:
+        """All that hold anything."""
+        return self.parts.store.namespaces()
+
+    def check(self) -> dict[str, list[str]]:
+        """What is wrong with the store, by kind; empty lists where all is well. Read-only."""
+        from memory_os.doctor import check
+
+        return check(self.parts)
+
+    def repair(self, progress: Callable[[int], None] | None = None) -> dict[str, int]:
+        """Rebuild what is derived and missing or wrong; counts by kind of what was found."""
+        from memory_os.doctor import repair
+
+        return repair(self.parts, progress)
+
+    def close(self) -> None:
+        """Release the database and the index."""
+        self.parts.index.close()
+        self.parts.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Scope:
+    """One namespace, or one session in it: every verb reads and writes this namespace and nothing else.
+
+    :param session: where ``add`` and ``chat`` write, and whose latest turns are flash memory. Without one, writes go to
+        the session ``default`` and reads span the whole namespace. Recall always spans the whole namespace.
+    """
+
+    def __init__(self, parts: Parts, namespace: Namespace, session_name: str | None = None) -> None:
+        self._parts = parts
+        self.labels = namespace
+        self.session_name = session_name
+
+    def session(self, name: str) -> Scope:
+        """The same verbs on one session of the namespace."""
+        return Scope(self._parts, self.labels, check_text(name))
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        text: str,
+        *,
+        role: Role = "user",
+        speaker: str | None = None,
+        kind: Kind = "turn",
+        created_at: datetime | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Segment:
+        """Store one segment; it is durable when this returns.
+
+        :param created_at: when it was said; now, if not given.
+        :raises InvalidInputError: for text that cannot be stored, or an unknown role or kind.
+        """
+        if role not in ROLES:
+            raise InvalidInputError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
+        if kind not in KINDS:
+            raise InvalidInputError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        new = NewSegment(
+            check_text(text),
+            self.session_name or DEFAULT_SESSION,
+            role=role,
+            speaker=speaker,
+            kind=kind,
+            created_at=parse_time(created_at) if created_at is not None else None,
+            metadata=_checked_metadata(metadata or {}),
+        )
+        [segment] = self.add_many([new])
+        return segment
+
+    def add_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
+        """Store several at once, in order, with their vectors; gives back those that were not stored before."""
+        stored = self._parts.store.append(self.labels, segments)
+        catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
+        return stored
+
+    def ingest(
+        self,
+        source: str | Path | BinaryIO,
+        *,
+        format: str | None = None,
+        name: str | None = None,
+        pick: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[int, int]:
+        """Store a file: text, Markdown, or a chat in JSON or JSONL; ``(stored, already there)``.
+
+        Running it again, also after an interruption or an error, adds nothing twice.
+
+        :param source: a path, or a seekable binary stream.
+        :param format: ``text``, ``markdown`` or ``chat``; guessed from the name's ending if not given.
+        :param name: the identity of the source; the absolute path if not given.
+        :param pick: of a file with several conversations, the one with this id.
+        :param progress: called with ``(stored, already there)`` after each batch is durable.
+        :raises InvalidInputError: with the line; what came before it is stored.
+        """
+        stored = known = 0
+        for batch in _batched(self._read(source, format, name, pick)):
+            new = self.add_many(batch)
+            stored, known = stored + len(new), known + len(batch) - len(new)
+            if progress:
+                progress(stored, known)
+        catch_up(self._parts.store, self._parts.embedder, self.labels)  # what an interrupted run left
+        return stored, known
+
+    def _read(
+        self, source: str | Path | BinaryIO, format: str | None, name: str | None, pick: str | None
+    ) -> Iterator[NewSegment]:
+        if isinstance(source, str | Path):
+            path = Path(source).expanduser().absolute()
+            try:
+                stream: BinaryIO = path.open("rb")
+            except OSError as error:
+                raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(source)) from error
+            with stream:
+                label = name or str(path)
+                session = self.session_name or path.stem
+                yield from with_keys(
+                    read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
+                )
+            return
+        label = name or "-"
+        session = self.session_name or DEFAULT_SESSION
+        yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
+
+    def forget(
+        self, *refs: str | int, session: str | None = None, everything: bool = False, preview: bool = False
+    ) -> dict[str, int]:
+        """Delete segments (by id or ``seq``), a whole session, or everything in the namespace; counts by place.
+
+        :param preview: only count the segments that would go.
+        :raises UnknownNameError: if a segment does not exist; nothing was deleted.
+        """
+        if sum([bool(refs), session is not None, everything]) != 1:
+            raise ConfigError("forget takes either segments, or session=..., or everything=True")
+        if refs:
+            ids = [self.segment(ref).id for ref in refs]
+        else:
+            ids = [segment.id for segment in self._parts.store.scan(self.labels, session=session)]
+        if session is not None and not ids:
+            raise UnknownNameError("session", session)
+        if preview:
+            return {"segments": len(set(ids))}
+        counts = self._parts.store.delete(self.labels, list(dict.fromkeys(ids)))
+        self._parts.index.sync(self.labels)
+        return counts
+
+    def export(self, file: str | Path | io.TextIOBase) -> int:
+        """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
+
+        Traces go with a whole namespace only. An existing file is replaced when the export is complete.
+        """
+        count = 0
+
+        def counted() -> Iterator[Segment]:
+            nonlocal count
+            for segment in self._parts.store.scan(self.labels, session=self.session_name):
+                count += 1
+                yield segment
+
+        traces: Iterable[Trace] = () if self.session_name else self._parts.store.traces(self.labels)
+        lines = (line + "\n" for line in export_lines(counted(), traces))
+        if isinstance(file, str | Path):
+            _replace_file(Path(file).expanduser(), lines)
+        else:
+            file.writelines(lines)
+        return count
+
+    def import_(self, file: str | Path | Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> tuple[int, int]:
+        """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
+
+        ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there.
+
+        :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
+        """
+        stored = known = 0
+        for batch in _batched(_records(file)):
+            new = self.add_many([record for record in batch if isinstance(record, NewSegment)])
+            n_segments = 0
+            for record in batch:
+                if isinstance(record, Trace):
+                    self._parts.store.save_trace(_moved(record, self.labels))
+                else:
+                    n_segments += 1
+            stored, known = stored + len(new), known + n_segments - len(new)
+            if progress:
+                progress(stored, known)
+        return stored, known
+
+    # -- read ------------------------------------------------------------------------------------------------------
+
+    def context(
+        self,
+        query: str,
+        *,
+        budget: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        record: bool = False,
+    ) -> Context:
+        """Choose what enters the model's context for a query, for callers who run the model themselves.
+
+        :param budget: most tokens of ``context.messages``, in the tokenizer that the memory was opened with.
+        :param tools: tool schemas that will be sent along; they are counted.
+        :param record: also store the query as the user's turn, and the trace, as ``chat`` does. Otherwise nothing
+            is stored, and asking again gives the same context.
+        :raises BudgetError: if the fixed parts alone are over the budget.
+        """
+        check_text(query)
+        limit = self._parts.options.budget if budget is None else budget
+        asked = self.add(query) if record else None
+        context = prepare(
+            self._parts, self.labels, self.session_name, query, budget=limit, tools=tools, asked=asked
+        )
+        if record:
+            self._parts.store.save_trace(context.trace)
+        return context
+
+    def search(self, query: str, *, k: int = 10) -> list[Hit]:
+        """The ``k`` best segments of the namespace for a query, best first, with every signal."""
+        check_text(query)
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, not {k}")
+        parts = self._parts
+        catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
+        return recall(parts.store, parts.index, parts.embedder, self.labels, query, k=k)[:k]
+
+    def why(self, turn: str | int | None = None, *, expect: str | int | None = None) -> tuple[Trace, Finding | None]:
+        """The trace of a turn, and where an expected segment was lost.
+
+        :param turn: a trace's id, or the id or ``seq`` of the turn's query or reply; the latest turn if not given.
+        :param expect: id or ``seq`` of a segment.
+        :raises UnknownNameError: if there is no such turn.
+        """
+        trace = self._trace(turn)
+        if expect is None:
+            return trace, None
+        return trace, explain(trace, str(expect), self._parts.store.find(self.labels, str(expect)))
+
+    def _trace(self, turn: str | int | None) -> Trace:
+        if turn is not None:
+            trace = self._parts.store.load_trace(self.labels, str(turn))
+            if trace is None:
+                raise UnknownNameError("turn", str(turn), hint="name a turn that was answered here; see: memos history")
+            return trace
+        newest = None
+        for newest in self._parts.store.traces(self.labels):
+            pass
+        if newest is None:
+            raise UnknownNameError("turn", "latest", hint="no turn was answered in this namespace yet")
+        return newest
+
+    def history(self, n: int = 20) -> list[Segment]:
+        """The last ``n`` segments of the session (or of the namespace), oldest first."""
+        return self._parts.store.tail(self.labels, n, session=self.session_name)
+
+    def segment(self, ref: str | int) -> Segment:
+        """The segment with this id or ``seq``.
+
+        :raises UnknownNameError: if the namespace holds none.
+        """
+        segment = self._parts.store.find(self.labels, str(ref))
+        if segment is None:
+            raise UnknownNameError("segment", str(ref), hint="name it by its id or its number, as search shows them")
+        return segment
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of what the namespace holds."""
+        return self._parts.store.stats(self.labels)
+
+    # -- talk ------------------------------------------------------------------------------------------------------
+
+    def chat(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Reply:
+        """One whole turn; both sides of it are stored.
+
+        :raises LLMError: if the model fails; the query and the trace are stored.
+        """
+        stream = self.stream(query, speaker=speaker, budget=budget)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def stream(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Stream:
+        """One whole turn, piece by piece: iterate for the text, then read ``.reply``."""
+        check_text(query)
+        session = self.session_name or DEFAULT_SESSION
+        return Stream(run_turn(self._parts, self.labels, session, query, speaker=speaker, budget=budget))
+
+
+class Stream:
+    """A reply on its way: an iterator of text pieces. ``close`` interrupts the model; what it said is stored."""
+
+    def __init__(self, turn: Generator[str, None, Reply]) -> None:
+        self._turn = turn
+        self._reply: Reply | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._turn)
+        except StopIteration as end:
+            if end.value is not None:
+                self._reply = end.value
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Interrupt the turn."""
+        self._turn.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply.
+
+        :raises ConfigError: before the stream has ended.
+        """
+        if self._reply is None:
+            raise ConfigError("the reply is there when the stream has ended; iterate it to its end first")
+        return self._reply
+
+
+def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    import json
+
+    try:
+        return dict(json.loads(json.dumps(dict(metadata), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the metadata cannot be written as JSON: {error}") from error
+
+
+def _batched(items: Iterable[T]) -> Iterator[list[T]]:
+    """Batches of ``BATCH``; when ``items`` raises, what came before is still yielded first."""
+    batch: list[T] = []
+    iterator = iter(items)
+    failure: InvalidInputError | None = None
+    while True:
+        try:
+            batch.append(next(iterator))
+        except StopIteration:
+            break
+        except InvalidInputError as error:
+            failure = error
+            break
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+    if failure:
+        raise failure
+
+
+def _records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace]:
+    if not isinstance(file, str | Path):
+        yield from parse_lines(file, "-")
+        return
+    try:
+        with Path(file).expanduser().open(encoding="utf-8") as lines:
+            yield from parse_lines(lines, str(file))
+    except OSError as error:
+        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=str(file)) from error
+
+
+def _moved(trace: Trace, namespace: Namespace) -> Trace:
+    from dataclasses import replace
+
+    return replace(trace, namespace=namespace)
+
+
+def _replace_file(path: Path, lines: Iterable[str]) -> None:
+    import os
+    import tempfile
+
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.name, delete=False
+        ) as file:
+            try:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise InvalidInputError(f"cannot write it: {error.strerror}", source=str(path)) from error

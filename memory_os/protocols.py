@@ -1,0 +1,241 @@
+"""The seams: what the turn asks of stores, models and controllers, in the turn's own words.
+
+Conventions that hold for every implementation, kept by the contract tests: scores are higher-is-better; vectors are
+float32 of unit length; results come best first, ties by the smaller ``seq``; empty in, empty out; every method may be
+called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from memory_os.types import Candidate, Decision, Message, Namespace, NewSegment, Segment, Trace
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vector = NDArray[np.float32]
+    Matrix = NDArray[np.float32]
+
+__all__ = [
+    "LLM",
+    "CachingLLM",
+    "Controller",
+    "Embedder",
+    "LexicalIndex",
+    "MemoryView",
+    "RecordStore",
+    "ScoringLLM",
+    "TokenCounter",
+    "VectorIndex",
+    "VectorSource",
+]
+
+
+class TokenCounter(Protocol):
+    """Counts tokens as one target model does."""
+
+    @property
+    def name(self) -> str:
+        """The model or encoding that is counted for."""
+
+    @property
+    def exact(self) -> bool:
+        """``False`` when the count is an approximation; the trace then says so."""
+
+    def count_text(self, text: str) -> int:
+        """Tokens of ``text`` alone, special tokens read as plain text."""
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens of the whole rendered prompt: chat template, wrappers, tool schemas and generation cue included."""
+
+
+class LLM(TokenCounter, Protocol):
+    """A chat model. It raises ``LLMError`` for a failure of its own and nothing else."""
+
+    @property
+    def context_window(self) -> int:
+        """Most tokens of prompt and reply together."""
+
+    def generate(self, messages: Sequence[Message], *, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the reply piece by piece, at most ``max_tokens`` tokens, ending before any of ``stop``.
+
+        Closing the iterator stops the model.
+        """
+
+
+@runtime_checkable
+class ScoringLLM(Protocol):
+    """An LLM that shows its probabilities (XL3M)."""
+
+    def score(self, prefix: str, target: str) -> Sequence[float]:
+        """Log-probability (nats) of each token of ``target`` after ``prefix``."""
+
+    def next_dist(self, prefix: str) -> Vector:
+        """Log-probabilities (nats) of the next token after ``prefix``, shape ``[vocabulary]``."""
+
+
+@runtime_checkable
+class CachingLLM(Protocol):
+    """An LLM whose keys and values can be kept and injected (LongMem)."""
+
+    @property
+    def kv_fingerprint(self) -> str:
+        """Changes whenever cached keys and values would no longer fit this model."""
+
+    def encode_kv(self, text: str) -> Sequence[tuple[Any, Any]]:
+        """Keys and values per layer, each ``[kv_heads, tokens, head_dim]``, before rotation."""
+
+
+class Embedder(Protocol):
+    """Turns text into vectors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever vectors of before and after must not be compared."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    def embed_documents(self, texts: Sequence[str]) -> Matrix:
+        """Vectors of stored text, shape ``[len(texts), dimension]``."""
+
+    def embed_query(self, text: str) -> Vector:
+        """Vector of a question, shape ``[dimension]``."""
+
+
+class VectorSource(Protocol):
+    """Where a vector index reads the rows that it is a projection of."""
+
+    def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
+        """``(epoch, last)``: the epoch changes when rows went away or changed; ``last`` grows when rows are added."""
+
+    def read_vectors(self, namespace: Namespace, fingerprint: str, after: int = 0) -> tuple[list[str], list[int], Matrix, int]:
+        """``(segment ids, seqs, vectors [n, dimension], last)`` of the rows added after ``after``."""
+
+
+class VectorIndex(Protocol):
+    """Nearest segments by cosine. A projection of the vector rows: it may be dropped at any time and heals itself."""
+
+    def search(self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
+        """The ``k`` best ``(segment id, cosine)`` among segments with ``seq <= upto``."""
+
+    def ids(self, namespace: Namespace) -> set[str]:
+        """What the index holds now, without bringing it up to date first; for verification."""
+
+    def sync(self, namespace: Namespace) -> None:
+        """Bring the index up to date with the rows; ``search`` does so by itself."""
+
+    def drop(self, namespace: Namespace) -> None:
+        """Forget everything of the namespace; the next search rebuilds it."""
+
+    def close(self) -> None:
+        """Release files and locks."""
+
+
+class LexicalIndex(Protocol):
+    """Best segments by their words, in any language."""
+
+    def search(self, namespace: Namespace, text: str, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
+        """The ``k`` best ``(segment id, score)`` among segments with ``seq <= upto``."""
+
+
+class RecordStore(VectorSource, LexicalIndex, Protocol):
+    """The source of truth. A method that returns has made its change durable; one that raises has changed nothing."""
+
+    def append(self, namespace: Namespace, segments: Sequence[NewSegment]) -> list[Segment]:
+        """Store in the order given, with their lexical entries; leaves out segments whose ``key`` or ``id`` is known.
+
+        Gives back the segments that were stored, in order.
+        """
+
+    def get(self, namespace: Namespace, ids: Iterable[str]) -> dict[str, Segment]:
+        """The segments that exist, by id."""
+
+    def find(self, namespace: Namespace, ref: str) -> Segment | None:
+        """The segment with this id, or with this ``seq`` where ``ref`` is a number."""
+
+    def tail(self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None) -> list[Segment]:
+        """The last ``n`` segments (of the session) with ``seq <= upto``, in the order of ``seq``."""
+
+    def scan(self, namespace: Namespace, *, session: str | None = None, after: int = 0) -> Iterator[Segment]:
+        """Every segment (of the session) with ``seq > after``, in the order of ``seq``."""
+
+    def last_seq(self, namespace: Namespace) -> int:
+        """The highest ``seq`` ever given in the namespace; 0 if it is empty."""
+
+    def namespaces(self) -> list[Namespace]:
+        """All that hold anything."""
+
+    def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
+        """Delete segments with their vectors, lexical entries, pending work and traces; counts by place."""
+
+    def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
+        """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
+
+    def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many vectors are still to be made."""
+
+    def put_vectors(self, namespace: Namespace, fingerprint: str, ids: Sequence[str], vectors: Matrix) -> None:
+        """Store vectors, replacing older ones, and strike the work off the pending list."""
+
+    def save_trace(self, trace: Trace) -> None:
+        """Store a trace, or replace the one with its id."""
+
+    def load_trace(self, namespace: Namespace, ref: str) -> Trace | None:
+        """The trace with this id, or of the turn whose query or reply segment is ``ref`` (id or ``seq``)."""
+
+    def traces(self, namespace: Namespace) -> Iterator[Trace]:
+        """Every trace of the namespace, oldest first."""
+
+    def stats(self, namespace: Namespace) -> dict[str, Any]:
+        """Counts of what the namespace holds."""
+
+    def check(self, fingerprint: str) -> dict[str, list[str]]:
+        """Faults of the whole store by kind, each with the numbers of the rows concerned; empty where well."""
+
+    def repair(self, fingerprint: str) -> dict[str, int]:
+        """Mend what ``check`` finds, putting vectors to be made on the pending list; counts by kind."""
+
+    def close(self) -> None:
+        """Release the database."""
+
+
+class MemoryView(Protocol):
+    """What a controller may see of the memory while it decides."""
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """What recall offers, best fused score first."""
+
+    @property
+    def flash(self) -> Sequence[Segment]:
+        """The recent turns that enter the context anyway."""
+
+    @property
+    def llm(self) -> LLM | None:
+        """The wrapped LLM, if there is one."""
+
+    @property
+    def now(self) -> datetime:
+        """Event time of the query."""
+
+
+class Controller(Protocol):
+    """Decides activations from candidates."""
+
+    @property
+    def name(self) -> str:
+        """The name by which it is chosen."""
+
+    @property
+    def needs(self) -> tuple[type, ...]:
+        """Capability protocols that the LLM must satisfy; checked where things are wired."""
+
+    def decide(self, query: str, memory: MemoryView, budget: int) -> Decision:
+        """One verdict per candidate; ``budget`` is the tokens left for activations. The packer enforces it."""

@@ -1,0 +1,103 @@
+"""Traces as data and as an answer to "why?": pure functions, no store, no rendering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from memory_os.types import Account, Action, Form, LedgerEntry, Outcome, Reason, Segment, Trace
+
+__all__ = ["Finding", "explain", "ledger_to_dicts", "trace_from_dict", "trace_to_dict"]
+
+FORMAT = 1
+
+
+def ledger_to_dicts(ledger: tuple[LedgerEntry, ...]) -> list[dict[str, Any]]:
+    """Give back the ledger as JSON-ready dictionaries, one per candidate."""
+    return [{**asdict(entry), "signals": dict(entry.signals)} for entry in ledger]
+
+
+def trace_to_dict(trace: Trace) -> dict[str, Any]:
+    """Give back the trace as JSON-ready data; ``trace_from_dict`` undoes it."""
+    return {
+        **asdict(trace),
+        "format": FORMAT,
+        "namespace": list(trace.namespace),
+        "flash": list(trace.flash),
+        "notes": list(trace.notes),
+        "created_at": trace.created_at.isoformat(),
+        "ledger": ledger_to_dicts(trace.ledger),
+    }
+
+
+def trace_from_dict(data: Mapping[str, Any]) -> Trace:
+    """Read what ``trace_to_dict`` wrote.
+
+    :raises KeyError, TypeError, ValueError: for data of another form.
+    """
+    fields = {name: value for name, value in data.items() if name != "format"}
+    ledger = tuple(
+        LedgerEntry(
+            **{
+                **entry,
+                "action": Action(entry["action"]),
+                "form": Form(entry["form"]) if entry["form"] else None,
+                "reason": Reason(entry["reason"]),
+            }
+        )
+        for entry in fields["ledger"]
+    )
+    return Trace(
+        **{
+            **fields,
+            "namespace": tuple(fields["namespace"]),
+            "flash": tuple(fields["flash"]),
+            "notes": tuple(fields["notes"]),
+            "created_at": datetime.fromisoformat(fields["created_at"]),
+            "ledger": ledger,
+            "account": Account(**fields["account"]),
+            "outcome": Outcome(fields["outcome"]),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Where an expected segment ended up.
+
+    :param stage: ``stored``, ``flash``, ``recall``, ``decide``, ``pack`` or ``context``: the stage that lost it, or
+        (``flash``, ``context``) the place where it stood in front of the model.
+    :param present: whether the model saw it, at least in part.
+    """
+
+    stage: str
+    present: bool
+    sentence: str
+
+
+def explain(trace: Trace, ref: str, segment: Segment | None) -> Finding:
+    """Say which stage lost an expected segment.
+
+    :param ref: how the user named it.
+    :param segment: the segment, or ``None`` when the namespace holds none of that name.
+    """
+    if segment is None:
+        return Finding("stored", False, f"segment {ref} is not stored in this namespace")
+    name = f"segment #{segment.seq}"
+    if segment.seq > trace.upto:
+        return Finding("stored", False, f"{name} was stored after this turn, or is the turn's own query")
+    if segment.id in trace.flash:
+        return Finding("flash", True, f"{name} stood in the context as flash memory")
+    entry = next((e for e in trace.ledger if e.segment_id == segment.id), None)
+    if entry is None:
+        return Finding("recall", False, f"recall did not offer {name}: it was not among the {len(trace.ledger)} candidates")
+    if entry.action is Action.DROPPED:
+        if entry.reason is Reason.OVER_BUDGET:
+            return Finding(
+                "pack", False, f"{name} was wanted (rank {entry.rank}), but its {entry.n_tokens} tokens no longer fitted"
+            )
+        return Finding("decide", False, f"controller {trace.controller!r} dropped {name} (rank {entry.rank}): {entry.reason}")
+    how = "in full" if entry.action is Action.ACTIVATED else "cut to fit"
+    return Finding("context", True, f"{name} stood in the context {how} ({entry.n_tokens} tokens, rank {entry.rank})")

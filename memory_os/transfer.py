@@ -1,0 +1,83 @@
+"""Export and import as JSONL: one header line, then a line per segment and per trace. Lossless for what is recorded.
+
+What is derived (vectors, lexical entries) is left out and made anew by the import.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from memory_os.errors import InvalidInputError
+from memory_os.ingest import check_text, parse_time
+from memory_os.trace import trace_from_dict, trace_to_dict
+from memory_os.types import NewSegment, Segment, Trace
+
+__all__ = ["HEADER", "export_lines", "parse_lines", "segment_to_dict"]
+
+HEADER = {"memory_os_export": 1}
+
+
+def segment_to_dict(segment: Segment) -> dict[str, Any]:
+    """Give back the segment as JSON-ready data."""
+    return {
+        **asdict(segment),
+        "namespace": list(segment.namespace),
+        "created_at": segment.created_at.isoformat(),
+        "offset": list(segment.offset) if segment.offset else None,
+    }
+
+
+def export_lines(segments: Iterable[Segment], traces: Iterable[Trace]) -> Iterator[str]:
+    """The lines of an export, without line ends."""
+    yield json.dumps(HEADER)
+    for segment in segments:
+        yield json.dumps({"segment": segment_to_dict(segment)}, ensure_ascii=False)
+    for trace in traces:
+        yield json.dumps({"trace": trace_to_dict(trace)}, ensure_ascii=False)
+
+
+def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace]:
+    """What the lines of an export hold.
+
+    :raises InvalidInputError: with the number of the line that is broken or of another kind.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if number == 1:
+                if record != HEADER:
+                    raise InvalidInputError(
+                        "not an export of memory_os; to store a chat or a document use: memos ingest", source=name, line=1
+                    )
+                continue
+            yield _segment(record["segment"], name, number) if "segment" in record else trace_from_dict(record["trace"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidInputError(
+                f"not a whole record ({error}); what came before it is stored; mend the line and run again",
+                source=name,
+                line=number,
+            ) from error
+
+
+def _segment(data: Mapping[str, Any], name: str, line: int) -> NewSegment:
+    created_at: datetime = parse_time(data["created_at"], source=name, line=line)
+    return NewSegment(
+        check_text(data["text"], source=name, line=line),
+        data["session"],
+        role=data["role"],
+        speaker=data["speaker"],
+        kind=data["kind"],
+        created_at=created_at,
+        source=data["source"],
+        offset=tuple(data["offset"]) if data["offset"] else None,
+        metadata=data["metadata"],
+        key=data["key"],
+        id=data["id"],
+        seq=data["seq"],
+    )

@@ -1,0 +1,256 @@
+"""The path of one turn, top to bottom: record, recall, decide, pack, generate, record, derive.
+
+``prepare`` is the part without a model (recall, decide, pack); ``run_turn`` is the whole. ``run_turn`` is a generator
+that yields the reply piece by piece and returns a ``Reply``; the sync and the async API are two drivers of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import uuid_utils
+
+from memory_os.derive import catch_up
+from memory_os.errors import ConfigError, LLMError
+from memory_os.pack import Frame, fit_flash, pack, render_line
+from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+from memory_os.recall import recall
+from memory_os.types import Candidate, Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+
+__all__ = ["Options", "Parts", "prepare", "run_turn"]
+
+SYSTEM = (
+    "You are a helpful assistant with a long-term memory. What you remember of earlier conversations stands between "
+    "<memory> tags, oldest first, each entry with its date and speaker. Use it when it helps to answer."
+)
+INLINE_PENDING = 512
+"""Vectors still to be made are made before recall if they are at most so many; otherwise the trace says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How turns are run.
+
+    :param budget: most tokens that the rendered prompt may take.
+    :param reply_tokens: most tokens of a reply; kept free in the context window.
+    :param flash_turns: how many of the session's latest segments are flash memory.
+    :param system: the system prompt; may be empty.
+    """
+
+    budget: int = 2048
+    reply_tokens: int = 512
+    flash_turns: int = 6
+    system: str = SYSTEM
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "reply_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1 token, not {getattr(self, name)}")
+        if self.flash_turns < 0:
+            raise ConfigError(f"flash_turns must not be negative: {self.flash_turns}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The collaborators of a turn."""
+
+    store: RecordStore
+    index: VectorIndex
+    embedder: Embedder
+    controller: Controller
+    counter: TokenCounter
+    llm: LLM | None
+    options: Options = field(default_factory=Options)
+
+    def config_hash(self) -> str:
+        """Changes whenever the same store and query could give another context."""
+        config = {
+            "options": asdict(self.options),
+            "controller": [self.controller.name, {k: repr(v) for k, v in sorted(vars(self.controller).items())}],
+            "index": type(self.index).__name__,
+            "embedder": self.embedder.fingerprint,
+            "counter": self.counter.name,
+        }
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the controller sees; see ``MemoryView``."""
+
+    candidates: Sequence[Candidate]
+    flash: Sequence[Segment]
+    llm: LLM | None
+    now: datetime
+
+
+class Clock:
+    """Wall time by stage, milliseconds."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap was spent on ``stage``."""
+        now = time.perf_counter()
+        self.timings[stage] = self.timings.get(stage, 0.0) + (now - self._last) * 1000.0
+        self._last = now
+
+
+def prepare(
+    parts: Parts,
+    namespace: Namespace,
+    session: str | None,
+    query: str,
+    *,
+    budget: int,
+    reply_reserve: int = 0,
+    tools: Sequence[Mapping[str, Any]] = (),
+    asked: Segment | None = None,
+    clock: Clock | None = None,
+) -> Context:
+    """Choose the context for a query: steps 2 to 4 of a turn. Writes nothing but vectors that were still pending.
+
+    :param session: whose latest turns are flash memory; without one there is none.
+    :param budget: most tokens of the rendered messages, in ``parts.counter``'s tokens.
+    :param asked: the query's own segment if it was recorded; recall sees only what came before it.
+    :raises BudgetError: if system prompt, query and wrappers alone are over the budget.
+    """
+    clock = clock or Clock()
+    frame = Frame(parts.options.system, query, parts.counter, budget, reply_reserve, tools)
+    frame.check()
+    upto = asked.seq - 1 if asked else parts.store.last_seq(namespace)
+    notes = _visible_fallbacks(parts)
+
+    # flash memory: always in, never recalled
+    recent = parts.store.tail(namespace, parts.options.flash_turns, session=session, upto=upto) if session else []
+    flash = fit_flash(recent, frame)
+    room = budget - frame.count(flash)
+    clock.lap("flash")
+
+    # 2 recall
+    waiting = parts.store.count_pending(namespace, parts.embedder.fingerprint)
+    if 0 < waiting <= INLINE_PENDING:
+        catch_up(parts.store, parts.embedder, namespace)
+    elif waiting:
+        notes.append(f"{waiting} segments have no vector yet and were searched by their words only; run: memos doctor")
+    hits = recall(
+        parts.store, parts.index, parts.embedder, namespace, query, k=_breadth(budget) + len(flash), upto=upto
+    )
+    in_flash = {segment.id for segment in flash}
+    candidates = [
+        Candidate(hit.segment, hit.score, hit.signals, parts.counter.count_text(render_line(hit.segment) + "\n"))
+        for hit in hits
+        if hit.segment.id not in in_flash
+    ]
+    clock.lap("recall")
+
+    # 3 decide
+    now = asked.created_at if asked else datetime.now(UTC)
+    decision = parts.controller.decide(query, View(candidates, flash, parts.llm, now), room)
+    clock.lap("decide")
+
+    # 4 pack
+    packed = pack(frame, flash, candidates, decision)
+    clock.lap("pack")
+    trace = Trace(
+        id=str(uuid_utils.uuid7()),
+        namespace=namespace,
+        session=session,
+        query=query,
+        query_id=asked.id if asked else None,
+        reply_id=None,
+        created_at=now,
+        controller=parts.controller.name,
+        llm=parts.llm.name if parts.llm else None,
+        config_hash=parts.config_hash(),
+        upto=upto,
+        flash=tuple(segment.id for segment in flash),
+        ledger=packed.ledger,
+        account=packed.account,
+        notes=(*notes, *decision.notes),
+        timings_ms=clock.timings,
+        outcome=Outcome.CONTEXT,
+    )
+    return Context(packed.messages, packed.text, packed.segments, trace)
+
+
+def _breadth(budget: int) -> int:
+    """How many candidates each signal offers: about twice as many turns as the budget could hold."""
+    return max(24, min(256, budget // 20))
+
+
+def _visible_fallbacks(parts: Parts) -> list[str]:
+    if parts.counter.exact:
+        return []
+    return [f"token counts are an approximation: {parts.counter.name}"]
+
+
+def run_turn(
+    parts: Parts,
+    namespace: Namespace,
+    session: str,
+    query: str,
+    *,
+    speaker: str | None = None,
+    budget: int | None = None,
+    stop: Sequence[str] = (),
+) -> Generator[str, None, Reply]:
+    """One whole turn. Closing the generator interrupts the model; what was said so far is kept and marked.
+
+    :raises ConfigError: if there is no LLM.
+    :raises BudgetError: before anything is stored, if the fixed parts do not fit.
+    :raises LLMError: if the model fails; the query and the trace are stored.
+    """
+    llm, reply_tokens = parts.llm, parts.options.reply_tokens
+    if llm is None:
+        raise ConfigError('chat needs an LLM: open the memory with llm="smollm2", "provider:model" or an object')
+    limit = min(budget or parts.options.budget, llm.context_window - reply_tokens)
+    Frame(parts.options.system, query, parts.counter, limit).check()
+    clock = Clock()
+
+    # 1 record: durable before anything else happens
+    [asked] = parts.store.append(namespace, [NewSegment(query, session, role="user", speaker=speaker)])
+    clock.lap("record")
+
+    # 2 recall, 3 decide, 4 pack
+    context = prepare(
+        parts, namespace, session, query, budget=limit, reply_reserve=reply_tokens, asked=asked, clock=clock
+    )
+
+    # 5 generate
+    pieces: list[str] = []
+    outcome, error = Outcome.INTERRUPTED, None
+    said: Segment | None = None
+    try:
+        for piece in llm.generate(context.messages, max_tokens=reply_tokens, stop=stop):
+            pieces.append(piece)
+            yield piece
+        outcome = Outcome.ANSWERED
+    except Exception as failure:  # whatever a foreign LLM raises becomes one typed error
+        outcome, error = Outcome.FAILED, str(failure)
+        raise LLMError(llm.name, getattr(failure, "problem", error), context.trace.id) from failure
+    finally:
+        clock.lap("generate")
+        # 6 record the reply and the trace, also when generation failed or was interrupted
+        text = "".join(pieces)
+        if text.strip():
+            metadata = {} if outcome is Outcome.ANSWERED else {"outcome": str(outcome)}
+            reply = NewSegment(text, session, role="assistant", metadata=metadata)
+            [said] = parts.store.append(namespace, [reply])
+        clock.lap("record")
+        trace = replace(
+            context.trace, reply_id=said.id if said else None, outcome=outcome, error=error, timings_ms=clock.timings
+        )
+        parts.store.save_trace(trace)
+
+    # 7 derive: cheap for one turn; after an interruption it stays pending and is made before the next recall
+    catch_up(parts.store, parts.embedder, namespace, limit=INLINE_PENDING)
+    return Reply(text, said, replace(context, trace=trace), trace)

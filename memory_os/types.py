@@ -1,0 +1,326 @@
+"""The values that pass between the parts: plain, frozen, and free of any store or model.
+
+Conventions: scores are higher-is-better; vectors are float32 of unit length; ``seq`` is strictly increasing within
+a namespace and is the only meaning of "before"; times are UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, TypedDict
+
+from memory_os.errors import NamespaceError
+
+__all__ = [
+    "Account",
+    "Action",
+    "Candidate",
+    "Choice",
+    "Context",
+    "Decision",
+    "Form",
+    "Hit",
+    "Kind",
+    "LedgerEntry",
+    "Message",
+    "Namespace",
+    "NewSegment",
+    "Outcome",
+    "Reason",
+    "Reply",
+    "Role",
+    "Segment",
+    "Trace",
+    "as_namespace",
+]
+
+Namespace = tuple[str, ...]
+Role = Literal["user", "assistant", "system", "tool"]
+Kind = Literal["turn", "document", "note"]
+
+MAX_LABEL = 256
+MAX_LABELS = 16
+
+
+class Message(TypedDict):
+    """One chat message in the form every LLM adapter takes."""
+
+    role: str
+    content: str
+
+
+def as_namespace(labels: Sequence[str]) -> Namespace:
+    """Give back the labels as a checked namespace.
+
+    >>> as_namespace(["acme", "alice"])
+    ('acme', 'alice')
+
+    :raises NamespaceError: for no label, an empty or blank one, or one that is not text.
+    """
+    if isinstance(labels, str):
+        raise NamespaceError(f"a namespace is a sequence of labels, not one string; write ({labels!r},)")
+    checked = tuple(labels)
+    if not checked:
+        raise NamespaceError('no namespace given; name one, for example memory.namespace("alice")')
+    if len(checked) > MAX_LABELS:
+        raise NamespaceError(f"a namespace has at most {MAX_LABELS} labels, not {len(checked)}")
+    for label in checked:
+        if not isinstance(label, str) or not label.strip():
+            raise NamespaceError(f"namespace label {label!r} is not a non-empty string")
+        if len(label) > MAX_LABEL:
+            raise NamespaceError(f"a namespace label has at most {MAX_LABEL} characters, not {len(label)}")
+        if "\x00" in label or any(0xD800 <= ord(c) <= 0xDFFF for c in label):
+            raise NamespaceError(f"namespace label {label!r} holds a character that cannot be stored")
+    return checked
+
+
+@dataclass(frozen=True, slots=True)
+class NewSegment:
+    """A segment that has not been stored yet: everything but ``id``, ``seq`` and ``n_tokens``.
+
+    :param key: makes storing idempotent: a second segment with the same key in the namespace is not stored again.
+    :param id: only set by an import, which keeps the ids of the export; ``seq`` likewise.
+    """
+
+    text: str
+    session: str
+    role: Role = "user"
+    speaker: str | None = None
+    kind: Kind = "turn"
+    created_at: datetime | None = None
+    source: str | None = None
+    offset: tuple[int, int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    id: str | None = None
+    seq: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The unit of memory: verbatim, immutable text.
+
+    :param id: UUIDv7, as text.
+    :param seq: strictly increasing in the namespace; chronological order everywhere.
+    :param created_at: event time, UTC.
+    :param offset: character span in the source, for parts of documents.
+    :param n_tokens: length in cl100k_base tokens, for statistics only; budgets are counted in the target model's own.
+    """
+
+    id: str
+    seq: int
+    namespace: Namespace
+    session: str
+    role: Role
+    speaker: str | None
+    kind: Kind
+    text: str
+    created_at: datetime
+    n_tokens: int
+    source: str | None = None
+    offset: tuple[int, int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+
+    @property
+    def who(self) -> str:
+        """The speaker's name where there is one, else the role."""
+        return self.speaker or self.role
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A segment that a search found, with the fused score and each signal that made it."""
+
+    segment: Segment
+    score: float
+    signals: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What recall offers to a controller.
+
+    :param signals: every signal by name; a signal that did not find the segment is absent.
+    :param score: the fused score.
+    :param n_tokens: cost of the segment in full, rendered as a line of memory, in the target model's tokens.
+    """
+
+    segment: Segment
+    score: float
+    signals: Mapping[str, float]
+    n_tokens: int
+
+
+class Form(StrEnum):
+    """How an activated segment enters the context."""
+
+    FULL = "full"
+    SUMMARY = "summary"
+    QUOTE = "quote"
+    CACHED = "cached"
+
+
+class Action(StrEnum):
+    """What became of a candidate."""
+
+    ACTIVATED = "activated"
+    TRIMMED = "trimmed"
+    DROPPED = "dropped"
+
+
+class Reason(StrEnum):
+    """Why; a closed set, so that it can be counted and tested."""
+
+    RELEVANT = "relevant"
+    RECENT = "recent"
+    TOO_LONG = "too long: the best candidate entered cut"
+    OVER_BUDGET = "over budget"
+    WEAK = "weak relevance"
+    NOT_CHOSEN = "not chosen by the controller"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A controller's verdict on one candidate: the form in which to activate it, or ``None`` to drop it.
+
+    :param text: what enters in place of the segment's own text, for the forms ``summary`` and ``quote``.
+    """
+
+    segment_id: str
+    form: Form | None
+    reason: Reason
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A controller's verdicts: exactly one per candidate, the most wanted first.
+
+    :param notes: what a reader of the trace should know, such as a fallback that was taken.
+    """
+
+    choices: tuple[Choice, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """The account of one candidate.
+
+    :param rank: 1 is what the controller wanted most.
+    :param n_tokens: tokens it took in the context; for a dropped one, tokens it would have taken in full.
+    """
+
+    segment_id: str
+    seq: int
+    rank: int
+    action: Action
+    form: Form | None
+    reason: Reason
+    score: float
+    signals: Mapping[str, float]
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The exact tokens of a rendered context, by part. The parts sum to ``total``.
+
+    ``total`` is counted on the whole rendering; a part is what the count grows by when that part is added, in the
+    order system (with the query's wrappers), query, flash, activated.
+    """
+
+    limit: int
+    system: int
+    query: int
+    flash: int
+    activated: int
+    total: int
+    reply_reserve: int
+    tokenizer: str
+    exact: bool
+
+
+class Outcome(StrEnum):
+    """How a turn ended."""
+
+    CONTEXT = "context"
+    ANSWERED = "answered"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Why a turn's context was what it was.
+
+    :param query_id: the recorded segment of the query; ``None`` when it was not recorded.
+    :param reply_id: the recorded segment of the reply.
+    :param upto: recall saw the segments with ``seq <= upto``.
+    :param flash: ids of the flash memory that entered, in order.
+    :param notes: visible fallbacks and approximations.
+    :param timings_ms: wall time by stage, milliseconds.
+    """
+
+    id: str
+    namespace: Namespace
+    session: str | None
+    query: str
+    query_id: str | None
+    reply_id: str | None
+    created_at: datetime
+    controller: str
+    llm: str | None
+    config_hash: str
+    upto: int
+    flash: tuple[str, ...]
+    ledger: tuple[LedgerEntry, ...]
+    account: Account
+    notes: tuple[str, ...]
+    timings_ms: Mapping[str, float]
+    outcome: Outcome
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the LLM receives.
+
+    :param messages: system, flash memory, then the fenced memory with the query.
+    :param text: the fenced memory alone, for callers who place it in a prompt of their own; may be empty.
+    :param segments: the activated segments in the order of ``seq``.
+    """
+
+    messages: tuple[Message, ...]
+    text: str
+    segments: tuple[Segment, ...]
+    trace: Trace
+
+    @property
+    def n_tokens(self) -> int:
+        """Exact tokens of ``messages``, never above the budget."""
+        return self.trace.account.total
+
+    @property
+    def account(self) -> Account:
+        """Tokens by part."""
+        return self.trace.account
+
+    @property
+    def ledger(self) -> tuple[LedgerEntry, ...]:
+        """The account of every candidate."""
+        return self.trace.ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The LLM's answer, with the context that it saw."""
+
+    text: str
+    segment: Segment | None
+    context: Context
+    trace: Trace

@@ -1,0 +1,128 @@
+"""Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock.
+
+Approximate (HNSW). One collection holds one namespace under one embedder; how far it has read the vector rows is kept
+in the collection's metadata, so it catches up after whatever stopped it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_os.errors import StoreError, StoreLockedError
+from memory_os.types import Namespace
+
+if TYPE_CHECKING:
+    from chromadb.api.models.Collection import Collection
+
+    from memory_os.protocols import Vector, VectorSource
+
+__all__ = ["ChromaIndex"]
+
+BATCH = 2000  # below Chroma's own limit
+
+
+class ChromaIndex:
+    """``VectorIndex`` over embedded Chroma.
+
+    :param source: where the rows are.
+    :param fingerprint: the embedder whose vectors are indexed.
+    :param folder: made if missing; owned until ``close``.
+    :raises StoreLockedError: if another process owns the folder.
+    """
+
+    def __init__(self, source: VectorSource, *, fingerprint: str, folder: Path) -> None:
+        import chromadb
+        from chromadb.config import Settings
+        from filelock import FileLock, Timeout
+
+        self._source = source
+        self._fingerprint = fingerprint
+        try:
+            folder.mkdir(exist_ok=True)
+            self._owner = FileLock(folder / "owner.lock", thread_local=False)
+            self._owner.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreLockedError(str(folder)) from error
+        except OSError as error:
+            raise StoreError(f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions") from error
+        self._lock = threading.Lock()
+        self._client = chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
+
+    def search(
+        self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
+    ) -> list[tuple[str, float]]:
+        """The ``k`` best ``(segment id, cosine)`` that HNSW finds among segments with ``seq <= upto``."""
+        with self._lock:
+            collection = self._synced(namespace)
+            if k < 1 or not collection.count():
+                return []
+            found: Any = collection.query(
+                query_embeddings=[vector],
+                n_results=min(k, collection.count()),
+                where=None if upto is None else {"seq": {"$lte": upto}},
+                include=["distances", "metadatas"],
+            )
+        rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
+        ranked = sorted((distance, meta["seq"], id_) for id_, distance, meta in rows)
+        return [(id_, 1.0 - float(distance)) for distance, _, id_ in ranked]
+
+    def ids(self, namespace: Namespace) -> set[str]:
+        """What the collection holds now."""
+        with self._lock:
+            return set(self._collection(namespace).get(include=[])["ids"])
+
+    def sync(self, namespace: Namespace) -> None:
+        """Add the rows that are new; where rows went away, take out what the rows no longer hold."""
+        with self._lock:
+            self._synced(namespace)
+
+    def _synced(self, namespace: Namespace) -> Collection:
+        collection = self._collection(namespace)
+        state = collection.metadata or {}
+        epoch, last = self._source.vector_epoch(namespace, self._fingerprint)
+        if state.get("epoch") == epoch and state.get("last") == last:
+            return collection
+        whole = state.get("epoch") != epoch
+        ids, seqs, rows, last = self._source.read_vectors(
+            namespace, self._fingerprint, 0 if whole else int(state["last"])
+        )
+        if whole:
+            held = set(collection.get(include=[])["ids"])
+            gone = sorted(held - set(ids))
+            for start in range(0, len(gone), BATCH):
+                collection.delete(ids=gone[start : start + BATCH])
+        for start in range(0, len(ids), BATCH):
+            part = slice(start, start + BATCH)
+            collection.upsert(ids=ids[part], embeddings=rows[part], metadatas=[{"seq": seq} for seq in seqs[part]])
+        # last of all: an interrupted catch-up is simply repeated
+        collection.modify(metadata={"epoch": epoch, "last": last})
+        return collection
+
+    def _collection(self, namespace: Namespace) -> Collection:
+        return self._client.get_or_create_collection(
+            self._name(namespace), embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
+        )
+
+    def _name(self, namespace: Namespace) -> str:
+        identity = json.dumps([namespace, self._fingerprint], ensure_ascii=False)
+        return "memos-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
+
+    def drop(self, namespace: Namespace) -> None:
+        """Delete the collection; the next search rebuilds it."""
+        from chromadb.errors import NotFoundError
+
+        with self._lock:
+            try:
+                self._client.delete_collection(self._name(namespace))
+            except NotFoundError:
+                return
+
+    def close(self) -> None:
+        """Close Chroma and give the folder back."""
+        with self._lock:
+            self._client.close()
+            self._owner.release()

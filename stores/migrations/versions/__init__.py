@@ -1,0 +1,1 @@
+"""One file a schema step, never edited after a release."""

@@ -1,0 +1,98 @@
+"""The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
+
+``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical`` and ``pending`` are derived from
+``segments`` and can be rebuilt at any time.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+__all__ = ["HEAD", "metadata", "namespaces", "pending", "segments", "traces", "vectors"]
+
+HEAD = "0001"
+"""The schema revision that this version reads and writes."""
+
+metadata = MetaData()
+
+namespaces = Table(
+    "namespaces",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("labels", Text, nullable=False, unique=True),  # JSON array; compared whole, never by pattern
+    Column("last_seq", Integer, nullable=False, default=0),
+    Column("n_segments", Integer, nullable=False, default=0),  # with n_terms: the corpus statistics of BM25
+    Column("n_terms", Integer, nullable=False, default=0),
+    Column("epoch", Integer, nullable=False, default=0),  # grows when vectors go away or are replaced
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("pk", Integer, primary_key=True),
+    Column("id", String(36), nullable=False),
+    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("session", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("speaker", Text),
+    Column("kind", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("created_at", Text, nullable=False),  # event time, ISO 8601, UTC
+    Column("n_tokens", Integer, nullable=False),
+    Column("source", Text),
+    Column("offset_start", Integer),
+    Column("offset_end", Integer),
+    Column("metadata", JSON, nullable=False),
+    Column("key", Text),
+    UniqueConstraint("namespace_id", "id"),  # an export imported into another namespace keeps its ids
+    UniqueConstraint("namespace_id", "seq"),
+    UniqueConstraint("namespace_id", "key"),
+    Index("ix_segments_session", "namespace_id", "session", "seq"),
+    sqlite_autoincrement=True,  # a deleted row's number never comes back under another text
+)
+
+vectors = Table(
+    "vectors",
+    metadata,
+    Column("pk", Integer, primary_key=True),
+    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), nullable=False, unique=True),
+    Column("namespace_id", Integer, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("vector", LargeBinary, nullable=False),  # float32, little-endian, unit length
+    Index("ix_vectors_namespace", "namespace_id", "fingerprint", "pk"),
+    sqlite_autoincrement=True,
+)
+
+pending = Table(
+    "pending",
+    metadata,
+    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("task", Text, primary_key=True),
+    Column("namespace_id", Integer, nullable=False),
+    Index("ix_pending_namespace", "namespace_id", "task", "segment_pk"),
+)
+
+traces = Table(
+    "traces",
+    metadata,
+    Column("namespace_id", Integer, ForeignKey("namespaces.id"), primary_key=True),
+    Column("id", String(36), primary_key=True),
+    Column("query_id", String(36), index=True),
+    Column("reply_id", String(36), index=True),
+    Column("created_at", Text, nullable=False),
+    Column("body", JSON, nullable=False),
+    Index("ix_traces_namespace", "namespace_id", "created_at"),
+)
