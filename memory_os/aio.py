@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -65,11 +65,16 @@ class AsyncStream:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._pieces = self._run()
 
     def __aiter__(self) -> AsyncIterator[str]:
-        return self._pieces()
+        return self._pieces
 
-    async def _pieces(self) -> AsyncIterator[str]:
+    async def aclose(self) -> None:
+        """Interrupt the model; what it said is stored."""
+        await self._pieces.aclose()
+
+    async def _run(self) -> AsyncGenerator[str, None]:
         end = object()
         step: asyncio.Future[Any] | None = None
         try:

@@ -35,6 +35,7 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
     """
     found = parts.store.repair(parts.embedder.fingerprint)
     found["index"] = len(_index_strays(parts))
+    moved = any(found[kind] for kind in ("index", "missing_vectors", "orphan_vectors", "pending_vectors"))
     done = 0
     for namespace in parts.store.namespaces():
         base = done
@@ -44,7 +45,7 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
             namespace,
             progress=(lambda n, base=base: progress(base + n)) if progress else None,  # type: ignore[misc]
         )
-        if found["index"] or found["orphan_vectors"] or found["missing_vectors"]:
+        if moved:
             parts.index.drop(namespace)
         parts.index.sync(namespace)
     return found

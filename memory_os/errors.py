@@ -132,7 +132,7 @@ class StoreLockedError(StoreError):
         self.path = path
         super().__init__(
             f"another process has the embedded Chroma index {path} open, and two would corrupt it; close that "
-            "process, use vectors='exact', or run a Chroma server (chroma run) for several processes"
+            "process, or use vectors='exact', which any number of processes may share"
         )
 
 

@@ -235,8 +235,8 @@ def run_turn(
             yield piece
         outcome = Outcome.ANSWERED
     except Exception as failure:  # whatever a foreign LLM raises becomes one typed error
-        outcome, error = Outcome.FAILED, str(failure)
-        raise LLMError(llm.name, getattr(failure, "problem", error), context.trace.id) from failure
+        outcome, error = Outcome.FAILED, failure.problem if isinstance(failure, LLMError) else repr(failure)
+        raise LLMError(llm.name, error, context.trace.id) from failure
     finally:
         clock.lap("generate")
         # 6 record the reply and the trace, also when generation failed or was interrupted

@@ -580,7 +580,7 @@ class SqliteStore:
                     pending.insert().values(segment_pk=row.pk, task=VECTOR_TASK, namespace_id=row.namespace_id)
                 )
             if faults["lexical_index"]:
-                connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('rebuild')")
+                _rewrite_lexical(connection)
             if faults["orphan_vectors"]:
                 connection.execute(namespaces.update().values(epoch=namespaces.c.epoch + 1))
             if any(faults[kind] for kind in ("orphan_lexical", "missing_lexical", "lexical_index")):
@@ -675,9 +675,19 @@ def _lexical_terms(connection: sa.Connection, pk: int) -> list[str] | None:
     return row[0].split() if row else None
 
 
-def _rows(connection: sa.Connection, pks: Sequence[str]) -> Iterator[sa.Row[Any]]:
+def _rows(connection: sa.Connection, pks: Sequence[str | int]) -> Iterator[sa.Row[Any]]:
     for part in _parts([int(pk) for pk in pks]):
         yield from connection.execute(select(segments).where(segments.c.pk.in_(part))).all()
+
+
+def _rewrite_lexical(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('rebuild')")  # so that the deletion finds its way
+    connection.exec_driver_sql("DELETE FROM lexical")
+    pks = connection.execute(select(segments.c.pk).order_by(segments.c.pk)).scalars().all()
+    for row in _rows(connection, pks):
+        connection.exec_driver_sql(
+            "INSERT INTO lexical(rowid, terms) VALUES (?, ?)", (row.pk, _entry(row.namespace_id, terms_of(row.text)))
+        )
 
 
 def _recount(connection: sa.Connection) -> None:

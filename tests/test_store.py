@@ -1,0 +1,268 @@
+"""The record store: the contract of ``RecordStore`` and its lexical search, on real SQLite files."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory_os.errors import SchemaError, StoreError
+from memory_os.stores import sqlite as sqlite_module
+from memory_os.stores.lexical import query_terms, terms_of
+from memory_os.stores.schema import metadata
+from memory_os.stores.sqlite import SqliteStore
+from memory_os.types import NewSegment
+
+ALICE, BOB = ("acme", "alice"), ("acme", "bob")
+
+
+def count(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = SqliteStore(tmp_path / "memory.db", count_tokens=count)
+    yield opened
+    opened.close()
+
+
+def turns(*texts: str, **fields) -> list[NewSegment]:
+    return [NewSegment(text, "s", **fields) for text in texts]
+
+
+def test_what_goes_in_comes_out(store):
+    when = datetime(2023, 5, 8, 13, 56, tzinfo=UTC)
+    new = NewSegment(
+        "héllo\n世界", "s", role="tool", speaker="Ana", kind="document", created_at=when, source="f.md", offset=(3, 9),
+        metadata={"dia_id": "D1:3"}, key="k",
+    )  # fmt: skip
+    [segment] = store.append(ALICE, [new])
+    assert store.get(ALICE, [segment.id]) == {segment.id: segment}
+    assert store.find(ALICE, str(segment.seq)) == store.find(ALICE, f"#{segment.seq}") == segment
+    assert (segment.text, segment.created_at, segment.offset, segment.metadata) == (
+        new.text, when, (3, 9), {"dia_id": "D1:3"},
+    )  # fmt: skip
+    assert segment.n_tokens == 2
+
+
+def test_seq_is_gapless_per_namespace_and_ids_sort_by_time(store):
+    for _ in range(3):
+        store.append(ALICE, turns("a", "b"))
+        store.append(BOB, turns("c"))
+    assert [s.seq for s in store.scan(ALICE)] == [1, 2, 3, 4, 5, 6]
+    assert [s.seq for s in store.scan(BOB)] == [1, 2, 3]
+    ids = [s.id for s in store.scan(ALICE)]
+    assert ids == sorted(ids)
+    assert all(id_[14] == "7" for id_ in ids)
+
+
+def test_a_key_is_stored_once_per_namespace(store):
+    assert len(store.append(ALICE, turns("a", key="k") + turns("b", key="k"))) == 1
+    assert store.append(ALICE, turns("c", key="k")) == []
+    assert len(store.append(BOB, turns("a", key="k"))) == 1
+
+
+def test_threads_and_processes_share_one_sequence(store, tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from memory_os.stores.sqlite import SqliteStore\n"
+        "from memory_os.types import NewSegment\n"
+        "s = SqliteStore(Path(sys.argv[1]), count_tokens=len)\n"
+        "for i in range(40): s.append(('acme', 'alice'), [NewSegment(f'p {i}', 's')])"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(store.path)]) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: [store.append(ALICE, turns(f"t {i}")) for i in range(40)]) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [s.seq for s in store.scan(ALICE)] == list(range(1, 161))
+
+
+def test_nothing_crosses_a_namespace(store):
+    hostile = [("a",), ("a", "b"), ("a%",), ("a_",), ("a/b",), ('a","b',), ("A",), ("ａ",)]
+    for labels in hostile:
+        store.append(labels, turns(f"secret of {labels!r} painting"))
+    for labels in hostile:
+        [mine] = store.scan(labels)
+        assert [id_ for id_, _ in store.search(labels, "secret painting", 10)] == [mine.id]
+        others = [s.id for other in hostile if other != labels for s in store.scan(other)]
+        assert store.get(labels, others) == {}
+        assert store.delete(labels, others)["segments"] == 0
+    assert store.find(("nobody",), "1") is None
+    assert store.search(("nobody",), "secret", 5) == []
+
+
+def test_another_namespace_does_not_move_the_scores(store):
+    store.append(ALICE, turns("a red kite", "a blue boat", "the kite flew"))
+    before = store.search(ALICE, "red kite", 5)
+    store.append(BOB, turns(*["red kite"] * 50))
+    assert store.search(ALICE, "red kite", 5) == before
+
+
+def test_tail_and_scan_follow_session_and_bounds(store, monkeypatch):
+    monkeypatch.setattr(sqlite_module, "SCAN_PAGE", 2)
+    for i in range(6):
+        store.append(ALICE, [NewSegment(f"t{i}", "even" if i % 2 == 0 else "odd")])
+    assert [s.text for s in store.tail(ALICE, 2)] == ["t4", "t5"]
+    assert [s.text for s in store.tail(ALICE, 2, session="even", upto=4)] == ["t0", "t2"]
+    assert [s.text for s in store.scan(ALICE, session="odd", after=2)] == ["t3", "t5"]
+
+
+def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
+    kept, gone = store.append(ALICE, turns("keep the boat", "drop the kite"))
+    store.put_vectors(ALICE, "f", [kept.id, gone.id], np.eye(2, 4, dtype=np.float32))
+    assert store.delete(ALICE, [gone.id]) == {"segments": 1, "vectors": 1, "lexical": 1, "pending": 0, "traces": 0}
+    assert store.search(ALICE, "kite", 5) == []
+    assert [id_ for id_, _ in store.search(ALICE, "boat", 5)] == [kept.id]
+    assert store.read_vectors(ALICE, "f")[0] == [kept.id]
+    assert not any(store.check("f").values())
+    [new] = store.append(ALICE, turns("later"))
+    assert new.seq == 3
+
+
+def test_vectors_are_pending_until_stored_and_again_when_the_embedder_changes(store):
+    segments = store.append(ALICE, turns("a", "b"))
+    assert store.count_pending(ALICE, "f") == 2
+    store.put_vectors(ALICE, "f", [s.id for s in segments], np.eye(2, 4, dtype=np.float32))
+    assert store.pending(ALICE, "f", 9) == []
+    assert [s.id for s in store.pending(ALICE, "g", 9)] == [s.id for s in segments]
+    epoch, _ = store.vector_epoch(ALICE, "f")
+    store.put_vectors(ALICE, "g", [segments[0].id], np.eye(1, 8, dtype=np.float32))
+    assert store.vector_epoch(ALICE, "f")[0] != epoch
+    assert store.count_pending(ALICE, "g") == 1
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("She was painting the sunrises", "Who painted a sunrise?"),
+        ("我昨天去了北京大学看朋友", "北京大学"),
+        ("我家有一只猫", "猫"),
+        ("昨日、東京タワーに行きました", "東京タワー"),
+        ("어제 서울에서 김치를 먹었다", "김치"),
+        ("ฉันมีแมวสีดำชื่อมะลิ", "แมวสีดำ"),
+        ("Le café était très bon", "cafe"),
+        ("मुझे हिन्दी पसंद है", "हिन्दी"),
+    ],
+    ids=["english", "chinese", "chinese-1", "japanese", "korean", "thai", "accents", "hindi"],
+)
+def test_words_of_every_script_are_found(store, text, query):
+    store.append(ALICE, turns("something else entirely", text, "別の話です 다른 이야기 另外的事 อื่น"))
+    assert store.search(ALICE, query, 3)[0][0] == store.find(ALICE, "2").id
+
+
+def test_stop_words_count_only_when_there_is_nothing_else():
+    assert query_terms("what did the cat do") == ["cat"]
+    assert query_terms("what did you do") == ["what", "did", "you", "do"]
+
+
+@given(st.text(max_size=80))
+def test_terms_never_hold_what_would_split_or_escape_an_entry(text):
+    for term in terms_of(text):
+        assert term
+        assert not any(c.isspace() or c in "\"'()*:^{}+-." for c in term)
+
+
+def test_bm25_equals_a_hand_computed_value(store):
+    """N = 2, avgdl = 2, "kite": df = 1, tf = 1, dl = 2; idf = ln(1 + 1.5 / 1.5) = ln 2; norm = 1.2; ln 2 * 2.2 / 2.2."""
+    store.append(ALICE, turns("red kite", "blue boat"))
+    [(_, score)] = store.search(ALICE, "kite", 5)
+    assert score == pytest.approx(np.log(2.0))
+
+
+def test_a_term_in_more_segments_than_are_read_still_gets_its_true_weight(store, monkeypatch):
+    store.append(ALICE, turns(*["kite common"] * 30, *["boat common"] * 30))
+    whole = dict(store.search(ALICE, "kite common", 60))
+    monkeypatch.setattr(sqlite_module, "MAX_POSTINGS", 20)
+    capped = dict(store.search(ALICE, "common", 60))
+    assert len(capped) == 20
+    newest = store.find(ALICE, "60").id
+    assert capped[newest] == pytest.approx(whole[newest], rel=0.2)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_migrations_make_the_tables_that_the_code_uses(store):
+    import sqlalchemy as sa
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with sa.create_engine(f"sqlite:///{store.path}").connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"include_name": lambda name, kind, _: not (kind == "table" and name.startswith("lexical"))}
+        )
+        assert compare_metadata(context, metadata) == []
+
+
+def test_a_newer_schema_is_refused_and_left_alone(store):
+    store.append(ALICE, turns("a"))
+    store.close()
+    with sqlite3.connect(store.path) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SchemaError, match="upgrade memory-os") as caught:
+        SqliteStore(store.path, count_tokens=count)
+    assert caught.value.found == "9999"
+    with sqlite3.connect(store.path) as raw:
+        assert raw.execute("SELECT count(*) FROM segments").fetchone() == (1,)
+
+
+def test_not_a_database_and_no_folder_are_clear_errors(tmp_path):
+    (tmp_path / "notes.txt").write_text("this is no database, but long enough to look like a header " * 5)
+    with pytest.raises(StoreError, match="not a memory_os database"):
+        SqliteStore(tmp_path / "notes.txt", count_tokens=count)
+    with pytest.raises(StoreError, match="does not exist; create it first"):
+        SqliteStore(tmp_path / "no" / "m.db", count_tokens=count)
+    with pytest.raises(StoreError, match="it is a folder"):
+        SqliteStore(tmp_path, count_tokens=count)
+
+
+def test_a_full_disk_changes_nothing(store):
+    store.append(ALICE, turns("before"))
+    with store._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    store.close()
+
+    def no_room(connection, _):
+        connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+
+    import sqlalchemy as sa
+
+    sa.event.listen(store._engine, "connect", no_room)
+    with pytest.raises(StoreError, match="disk is full; nothing was changed"):
+        store.append(ALICE, turns(*["x" * 3000] * 40))
+    assert [s.text for s in store.scan(ALICE)] == ["before"]
+    [after] = store.append(ALICE, turns("after"))
+    assert after.seq == 2
+
+
+def test_a_read_only_file_can_be_read_and_says_why_it_cannot_be_written(store):
+    store.append(ALICE, turns("before"))
+    store.close()
+
+    import sqlalchemy as sa
+
+    sa.event.listen(store._engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
+    assert [s.text for s in store.scan(ALICE)] == ["before"]
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.append(ALICE, turns("after"))
+
+
+def test_durability_settings_hold_on_every_connection(store):
+    with store._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 60_000
