@@ -16,8 +16,11 @@ QUESTION = "What is the name of my sister's dog?"
 BUDGET = 320
 
 console = Console()
-with tempfile.TemporaryDirectory() as folder:
-    with Memory.open(Path(folder) / "memory.db", llm="smollm2", budget=BUDGET, reply_tokens=48) as memory:
+
+
+def main(folder: Path) -> None:
+    """Store, ask, and show what the model saw and why."""
+    with Memory.open(folder / "memory.db", llm="smollm2", budget=BUDGET, reply_tokens=48) as memory:
         nora = memory.namespace("nora")
         stored, _ = nora.ingest(CONVERSATION)
         console.print(f"Stored {stored} turns of a conversation over four months.\n")
@@ -27,11 +30,17 @@ with tempfile.TemporaryDirectory() as folder:
         console.print(f"[bold]Reply[/]  {reply.text.strip()}\n")
 
         account = reply.context.account
-        console.print("[bold]What the model saw of the past[/] (chosen from all that is stored)")
+        console.print("[bold]What the model saw of the past[/], chosen from all that is stored")
         console.print(reply.context.text, markup=False, highlight=False)
         console.print(
-            f"\n[bold]{account.total} tokens[/] of at most {account.limit}, counted by {account.tokenizer}'s own tokenizer: "
-            f"system {account.system}, question {account.query}, flash memory {account.flash}, recalled {account.activated}.\n"
+            f"\n[bold]{account.total} tokens[/] of at most {account.limit}, in {account.tokenizer}'s own tokens: "
+            f"system {account.system}, question {account.query}, flash memory {account.flash}, "
+            f"recalled {account.activated}.\n"
         )
         console.print("[bold]Why[/] (memos why shows this for any turn)")
-        console.print(ledger_table(reply.trace, memory.namespace("nora").segment))
+        console.print(ledger_table(reply.trace, nora.segment))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        main(Path(name))

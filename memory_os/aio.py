@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
-from functools import wraps
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -18,10 +18,10 @@ R = TypeVar("R")
 
 
 def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[AsyncScope, P], Coroutine[Any, Any, R]]:
-    @wraps(verb)
-    async def run(self: AsyncScope, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def run(self: AsyncScope, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.to_thread(verb, self.scope, *args, **kwargs)
 
+    update_wrapper(run, verb)
     return run
 
 

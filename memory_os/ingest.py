@@ -33,7 +33,8 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
 _SESSION = re.compile(r"^session_(\d+)$")
 _ROLES: dict[str, Role] = {
-    "user": "user", "human": "user", "assistant": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
     "system": "system", "developer": "system", "tool": "tool", "function": "tool",
 }  # fmt: skip
 
@@ -41,8 +42,8 @@ _ROLES: dict[str, Role] = {
 def check_text(text: object, *, source: str | None = None, line: int | None = None) -> str:
     """Give the text back if it can be stored.
 
-    :raises InvalidInputError: for anything but a string, for blank text, for characters that no UTF-8 file can hold, and
-        for more than a million characters.
+    :raises InvalidInputError: for anything but a string, for blank text, for characters that no UTF-8 file can hold,
+        and for more than a million characters.
     """
     if not isinstance(text, str):
         raise InvalidInputError(f"the text must be a string, not {type(text).__name__}", source=source, line=line)
@@ -50,7 +51,8 @@ def check_text(text: object, *, source: str | None = None, line: int | None = No
         raise InvalidInputError("the text is empty; there is nothing to remember", source=source, line=line)
     if len(text) > MAX_TEXT_CHARS:
         raise InvalidInputError(
-            f"the text has {len(text)} characters, a segment at most {MAX_TEXT_CHARS}; store it as a file: memos ingest",
+            f"the text has {len(text)} characters, a segment at most {MAX_TEXT_CHARS}; "
+            "store it as a file: memos ingest",
             source=source,
             line=line,
         )
@@ -85,7 +87,9 @@ def parse_time(value: object, *, source: str | None = None, line: int | None = N
         return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise InvalidInputError(
-            f"cannot read the time {value!r}; write it as ISO 8601, such as 2023-05-08T13:56:00Z", source=source, line=line
+            f"cannot read the time {value!r}; write it as ISO 8601, such as 2023-05-08T13:56:00Z",
+            source=source,
+            line=line,
         ) from error
 
 
@@ -247,7 +251,7 @@ def _chat_lines(first: str, rest: Iterable[str], name: str, session: str) -> Ite
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InvalidInputError(
-                    f"not a whole JSON record ({error.msg}); what came before it is stored; mend the line and run again",
+                    f"not a whole JSON record ({error.msg}); what came before it is stored: mend it and run again",
                     source=name,
                     line=number,
                 ) from error
@@ -293,9 +297,7 @@ def _conversation(conversation: Mapping[str, Any], name: str, session: str) -> I
             yield _message(item, name, f"{session}/session_{number}", None, time)
 
 
-def _message(
-    record: Any, name: str, session: str, line: int | None, time: datetime | None = None
-) -> NewSegment:
+def _message(record: Any, name: str, session: str, line: int | None, time: datetime | None = None) -> NewSegment:
     if not isinstance(record, Mapping):
         raise InvalidInputError(f"a message is a JSON object, not {type(record).__name__}", source=name, line=line)
     text = record.get("text", record.get("content"))

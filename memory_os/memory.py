@@ -1,4 +1,4 @@
-"""The facade: ``Memory`` owns a store and its models; ``Scope`` is one namespace, or one session in it, with the verbs."""
+"""The facade: ``Memory`` owns a store and its models; ``Scope`` has the verbs on a namespace or a session in it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Memory:
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
 
-        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"provider:model"`` or an object; only ``chat`` and ``stream`` need one.
+        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"provider:model"`` or an object; for ``chat`` and ``stream``.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"`` or an object.
         :param vectors: ``"exact"`` or ``"chroma"``.
         :param controller: ``"auto"``, ``"recency"`` or an object.
@@ -282,7 +282,9 @@ class Scope:
             file.writelines(lines)
         return count
 
-    def import_(self, file: str | Path | Iterable[str], *, progress: Callable[[int, int], None] | None = None) -> tuple[int, int]:
+    def import_(
+        self, file: str | Path | Iterable[str], *, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[int, int]:
         """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
 
         ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there.
@@ -324,9 +326,7 @@ class Scope:
         check_text(query)
         limit = self._parts.options.budget if budget is None else budget
         asked = self.add(query) if record else None
-        context = prepare(
-            self._parts, self.labels, self.session_name, query, budget=limit, tools=tools, asked=asked
-        )
+        context = prepare(self._parts, self.labels, self.session_name, query, budget=limit, tools=tools, asked=asked)
         if record:
             self._parts.store.save_trace(context.trace)
         return context
@@ -353,17 +353,12 @@ class Scope:
         return trace, explain(trace, str(expect), self._parts.store.find(self.labels, str(expect)))
 
     def _trace(self, turn: str | int | None) -> Trace:
-        if turn is not None:
-            trace = self._parts.store.load_trace(self.labels, str(turn))
-            if trace is None:
-                raise UnknownNameError("turn", str(turn), hint="name a turn that was answered here; see: memos history")
-            return trace
-        newest = None
-        for newest in self._parts.store.traces(self.labels):
-            pass
-        if newest is None:
+        trace = self._parts.store.load_trace(self.labels, None if turn is None else str(turn))
+        if trace is None and turn is None:
             raise UnknownNameError("turn", "latest", hint="no turn was answered in this namespace yet")
-        return newest
+        if trace is None:
+            raise UnknownNameError("turn", str(turn), hint="name a turn that was answered here; see: memos history")
+        return trace
 
     def history(self, n: int = 20) -> list[Segment]:
         """The last ``n`` segments of the session (or of the namespace), oldest first."""

@@ -115,14 +115,18 @@ class VectorSource(Protocol):
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last)``: the epoch changes when rows went away or changed; ``last`` grows when rows are added."""
 
-    def read_vectors(self, namespace: Namespace, fingerprint: str, after: int = 0) -> tuple[list[str], list[int], Matrix, int]:
+    def read_vectors(
+        self, namespace: Namespace, fingerprint: str, after: int = 0
+    ) -> tuple[list[str], list[int], Matrix, int]:
         """``(segment ids, seqs, vectors [n, dimension], last)`` of the rows added after ``after``."""
 
 
 class VectorIndex(Protocol):
     """Nearest segments by cosine. A projection of the vector rows: it may be dropped at any time and heals itself."""
 
-    def search(self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
+    def search(
+        self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
+    ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` among segments with ``seq <= upto``."""
 
     def ids(self, namespace: Namespace) -> set[str]:
@@ -160,7 +164,9 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def find(self, namespace: Namespace, ref: str) -> Segment | None:
         """The segment with this id, or with this ``seq`` where ``ref`` is a number."""
 
-    def tail(self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None) -> list[Segment]:
+    def tail(
+        self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None
+    ) -> list[Segment]:
         """The last ``n`` segments (of the session) with ``seq <= upto``, in the order of ``seq``."""
 
     def scan(self, namespace: Namespace, *, session: str | None = None, after: int = 0) -> Iterator[Segment]:
@@ -187,8 +193,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def save_trace(self, trace: Trace) -> None:
         """Store a trace, or replace the one with its id."""
 
-    def load_trace(self, namespace: Namespace, ref: str) -> Trace | None:
-        """The trace with this id, or of the turn whose query or reply segment is ``ref`` (id or ``seq``)."""
+    def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
+        """The trace with this id, or of the turn with this query or reply (id or ``seq``); the newest for ``None``."""
 
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
         """Every trace of the namespace, oldest first."""

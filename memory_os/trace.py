@@ -92,12 +92,18 @@ def explain(trace: Trace, ref: str, segment: Segment | None) -> Finding:
         return Finding("flash", True, f"{name} stood in the context as flash memory")
     entry = next((e for e in trace.ledger if e.segment_id == segment.id), None)
     if entry is None:
-        return Finding("recall", False, f"recall did not offer {name}: it was not among the {len(trace.ledger)} candidates")
+        return Finding(
+            "recall", False, f"recall did not offer {name}: it was not among the {len(trace.ledger)} candidates"
+        )
     if entry.action is Action.DROPPED:
         if entry.reason is Reason.OVER_BUDGET:
             return Finding(
-                "pack", False, f"{name} was wanted (rank {entry.rank}), but its {entry.n_tokens} tokens no longer fitted"
+                "pack",
+                False,
+                f"{name} was wanted (rank {entry.rank}), but its {entry.n_tokens} tokens no longer fitted",
             )
-        return Finding("decide", False, f"controller {trace.controller!r} dropped {name} (rank {entry.rank}): {entry.reason}")
+        return Finding(
+            "decide", False, f"controller {trace.controller!r} dropped {name} (rank {entry.rank}): {entry.reason}"
+        )
     how = "in full" if entry.action is Action.ACTIVATED else "cut to fit"
     return Finding("context", True, f"{name} stood in the context {how} ({entry.n_tokens} tokens, rank {entry.rank})")

@@ -53,7 +53,9 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace]
             if number == 1:
                 if record != HEADER:
                     raise InvalidInputError(
-                        "not an export of memory_os; to store a chat or a document use: memos ingest", source=name, line=1
+                        "not an export of memory_os; to store a chat or a document use: memos ingest",
+                        source=name,
+                        line=1,
                     )
                 continue
             yield _segment(record["segment"], name, number) if "segment" in record else trace_from_dict(record["trace"])

@@ -30,7 +30,7 @@ SYSTEM = (
     "<memory> tags, oldest first, each entry with its date and speaker. Use it when it helps to answer."
 )
 INLINE_PENDING = 512
-"""Vectors still to be made are made before recall if they are at most so many; otherwise the trace says what is missing."""
+"""Up to so many missing vectors are made before recall; with more, the trace says how many are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,8 @@ def prepare(
 
 
 def _breadth(budget: int) -> int:
-    """How many candidates each signal offers: about twice as many turns as the budget could hold."""
-    return max(24, min(256, budget // 20))
+    """How many candidates each signal offers: somewhat more turns of common length than the budget could hold."""
+    return max(24, min(256, budget // 32))
 
 
 def _visible_fallbacks(parts: Parts) -> list[str]:

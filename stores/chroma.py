@@ -48,9 +48,11 @@ class ChromaIndex:
         except Timeout as error:
             raise StoreLockedError(str(folder)) from error
         except OSError as error:
-            raise StoreError(f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions") from error
+            raise StoreError(
+                f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions"
+            ) from error
         self._lock = threading.Lock()
-        self._client = chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
+        self._client: Any = chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
 
     def search(
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
@@ -60,10 +62,11 @@ class ChromaIndex:
             collection = self._synced(namespace)
             if k < 1 or not collection.count():
                 return []
+            where: Any = None if upto is None else {"seq": {"$lte": upto}}
             found: Any = collection.query(
-                query_embeddings=[vector],
+                query_embeddings=vector.reshape(1, -1),
                 n_results=min(k, collection.count()),
-                where=None if upto is None else {"seq": {"$lte": upto}},
+                where=where,
                 include=["distances", "metadatas"],
             )
         rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
@@ -103,9 +106,10 @@ class ChromaIndex:
         return collection
 
     def _collection(self, namespace: Namespace) -> Collection:
-        return self._client.get_or_create_collection(
+        collection: Collection = self._client.get_or_create_collection(
             self._name(namespace), embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
         )
+        return collection
 
     def _name(self, namespace: Namespace) -> str:
         identity = json.dumps([namespace, self._fingerprint], ensure_ascii=False)

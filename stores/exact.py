@@ -52,7 +52,7 @@ class ExactIndex:
                 return []
             ids, seqs, matrix = table.ids, table.seqs[:n], table.matrix[:n]
         scores = matrix @ vector
-        if upto is not None:
+        if upto is not None and upto < seqs.max():
             scores = np.where(seqs <= upto, scores, -np.inf)
         # every row that ties with the k-th best takes part, so that the smaller seq wins whatever the partition does
         kth = np.partition(scores, n - k)[n - k] if k < n else -np.inf

@@ -33,7 +33,8 @@ _STOP = frozenset(
     but by can could d did do does doing don down during each few for from further had has have having he her here hers
     him his how i if in into is it its itself just ll m me more most my no nor not now of off on once only or other our
     out over own re s same she should so some such t than that the their them then there these they this those through
-    to too under until up ve very was we were what when where which while who whom why will with would you your""".split()
+    to too under until up ve very was we were what when where which while who whom why will with would you
+    your""".split()
 )
 
 

@@ -38,7 +38,7 @@ IN_LIMIT = 900  # SQLite's limit on bound variables is 999 in old builds
 MAX_POSTINGS = 2000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
-SHORTLIST = 4  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
+SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
 VECTOR_TASK = "vector"
 
 
@@ -178,9 +178,7 @@ class SqliteStore:
         query = select(namespaces.c.id, namespaces.c.last_seq).where(namespaces.c.labels == labels)
         row = connection.execute(query).one_or_none()
         if row is None:
-            connection.execute(
-                namespaces.insert().values(labels=labels, last_seq=0, n_segments=0, n_terms=0, epoch=0)
-            )
+            connection.execute(namespaces.insert().values(labels=labels, last_seq=0, n_segments=0, n_terms=0, epoch=0))
             row = connection.execute(query).one()
         return row.id, row.last_seq
 
@@ -190,9 +188,7 @@ class SqliteStore:
         last = connection.execute(query).scalar_one()
         return last - len(stored) + 1, last
 
-    def _existing(
-        self, connection: sa.Connection, column: sa.Column[Any], values: Sequence[str], ns: int
-    ) -> set[str]:
+    def _existing(self, connection: sa.Connection, column: sa.Column[Any], values: Sequence[str], ns: int) -> set[str]:
         found: set[str] = set()
         for part in _parts(values):
             query = select(column).where(segments.c.namespace_id == ns, column.in_(part))
@@ -304,9 +300,7 @@ class SqliteStore:
 
     # -- lexical -------------------------------------------------------------------------------------------------
 
-    def search(
-        self, namespace: Namespace, text: str, k: int, *, upto: int | None = None
-    ) -> list[tuple[str, float]]:
+    def search(self, namespace: Namespace, text: str, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, BM25)``; see ``MAX_POSTINGS`` for very common terms."""
         wanted = query_terms(text)
         if not wanted or k < 1:
@@ -322,26 +316,34 @@ class SqliteStore:
             weights: dict[str, float] = {}
             totals: defaultdict[int, float] = defaultdict(float)
             for term in wanted:
-                postings = connection.exec_driver_sql(
-                    "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?",
-                    (f'"{ns}_{term}"', bound, MAX_POSTINGS),
-                ).all()
-                n_matching = self._estimate_matches(connection, [pk for (pk,) in postings], statistics.n_segments)
+                pks = self._postings(connection, f"{ns}_{term}", bound)
+                n_matching = self._estimate_matches(connection, pks, statistics.n_segments)
                 weight = weights[f"{ns}_{term}"] = idf(statistics.n_segments, n_matching)
-                for (pk,) in postings:
+                for pk in pks:
                     totals[pk] += weight
             shortlist = sorted(totals, key=lambda pk: (-totals[pk], pk))[: SHORTLIST * k]
             mean_length = statistics.n_terms / statistics.n_segments
             scored: list[tuple[float, int, str]] = []
             for part in _parts(shortlist):
+                found = connection.execute(
+                    select(segments.c.pk, segments.c.seq, segments.c.id).where(segments.c.pk.in_(part))
+                ).all()
+                # not one joined query: SQLite would then look into the full-text table in the order of segments
                 marks = ",".join("?" * len(part))
-                rows = connection.exec_driver_sql(
-                    "SELECT s.seq, s.id, l.terms FROM lexical l JOIN segments s ON s.pk = l.rowid "
-                    f"WHERE l.rowid IN ({marks}) AND s.namespace_id = ?",
-                    (*part, ns),
-                )
-                scored.extend((-bm25(terms.split(), weights, mean_length), seq, id_) for seq, id_, terms in rows)
+                lookup = f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})"
+                entries = connection.exec_driver_sql(lookup, tuple(part))
+                terms = {pk: entry.split() for pk, entry in entries}
+                scored.extend((-bm25(terms[pk], weights, mean_length), seq, id_) for pk, seq, id_ in found)
         return [(id_, -negative) for negative, _, id_ in sorted(scored)[:k]]
+
+    def _postings(self, connection: sa.Connection, term: str, bound: int) -> list[int]:
+        """Rows that hold the term, newest first; straight from the driver, as thousands of result objects take time."""
+        cursor = connection.connection.cursor()
+        cursor.execute(
+            "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?",
+            (f'"{term}"', bound, MAX_POSTINGS),
+        )
+        return [pk for (pk,) in cursor.fetchall()]
 
     def _estimate_matches(self, connection: sa.Connection, pks: list[int], n_segments: int) -> int:
         """How many segments hold a term: all of its postings, or where they were cut off, in proportion."""
@@ -349,7 +351,8 @@ class SqliteStore:
             return min(len(pks), n_segments)
         ends = select(segments.c.seq).where(segments.c.pk.in_([pks[0], pks[-1]])).order_by(segments.c.seq)
         oldest, newest = connection.execute(ends).scalars().all()
-        return min(n_segments, round(len(pks) * newest / (newest - oldest + 1)))
+        estimate: int = round(len(pks) * newest / (newest - oldest + 1))
+        return min(n_segments, estimate)
 
     def _pk_bound(self, connection: sa.Connection, ns: int, upto: int | None) -> int:
         """The row number of the last segment with ``seq <= upto``; row numbers grow with ``seq`` in a namespace."""
@@ -420,9 +423,10 @@ class SqliteStore:
 
     def _has_stale(self, connection: sa.Connection, ns: int, fingerprint: str) -> bool:
         # two look-ups at the ends of the index instead of a scan: all equal when smallest and largest are
-        ends = select(func.min(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns), select(
-            func.max(vectors.c.fingerprint)
-        ).where(vectors.c.namespace_id == ns)
+        ends = (
+            select(func.min(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns),
+            select(func.max(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns),
+        )
         return any(connection.execute(end).scalar_one() not in (None, fingerprint) for end in ends)
 
     def _pending_query(
@@ -430,7 +434,7 @@ class SqliteStore:
     ) -> sa.Select[Any]:
         ns = self._namespace_id(connection, namespace)
         listed = select(pending.c.segment_pk).where(pending.c.namespace_id == ns, pending.c.task == VECTOR_TASK)
-        todo = segments.c.pk.in_(listed)
+        todo: sa.ColumnElement[bool] = segments.c.pk.in_(listed)
         if self._has_stale(connection, ns, fingerprint):
             stale = select(vectors.c.segment_pk).where(
                 vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint
@@ -463,9 +467,7 @@ class SqliteStore:
                         for pk, id_ in found
                     ],
                 )
-                connection.execute(
-                    pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK)
-                )
+                connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
 
     # -- traces --------------------------------------------------------------------------------------------------
 
@@ -485,20 +487,17 @@ class SqliteStore:
                 )
             )
 
-    def load_trace(self, namespace: Namespace, ref: str) -> Trace | None:
-        """The trace with this id, or of the turn whose query or reply segment is ``ref`` (id or ``seq``)."""
-        segment = self.find(namespace, ref)
+    def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
+        """The trace with this id, or of the turn whose query or reply segment is ``ref``; the newest for ``None``."""
+        segment = self.find(namespace, ref) if ref is not None else None
         wanted = segment.id if segment else ref
         with self._read() as connection:
-            query = (
-                select(traces.c.body)
-                .where(
-                    traces.c.namespace_id == self._namespace_id(connection, namespace),
-                    sa.or_(traces.c.id == wanted, traces.c.query_id == wanted, traces.c.reply_id == wanted),
-                )
-                .order_by(traces.c.created_at.desc(), traces.c.id.desc())
-            )
-            body = connection.execute(query.limit(1)).scalar_one_or_none()
+            query = select(traces.c.body).where(traces.c.namespace_id == self._namespace_id(connection, namespace))
+            if wanted is not None:
+                columns = (traces.c.id, traces.c.query_id, traces.c.reply_id)
+                query = query.where(sa.or_(*(column == wanted for column in columns)))
+            newest = query.order_by(traces.c.created_at.desc(), traces.c.id.desc()).limit(1)
+            body = connection.execute(newest).scalar_one_or_none()
         return trace_from_dict(body) if body is not None else None
 
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
@@ -553,7 +552,7 @@ class SqliteStore:
                 for kind, query in _FAULTS.items()
             }
             ok = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
-            faults["damage"] = [] if ok == ["ok"] else ok
+            faults["damage"] = [] if ok == ["ok"] else [str(line) for line in ok]
         try:
             with self._write() as connection:
                 connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('integrity-check')")

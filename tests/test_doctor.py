@@ -1,5 +1,6 @@
 """What the doctor checks is broken here on purpose, found, and mended."""
 
+import json
 import sqlite3
 
 import pytest
@@ -28,7 +29,8 @@ BREAKAGES = {
     "missing_vectors": ["DELETE FROM vectors WHERE segment_pk = 3"],
     "pending_vectors": [
         "DELETE FROM vectors WHERE segment_pk = 2",
-        "INSERT INTO pending(segment_pk, task, namespace_id) SELECT pk, 'vector', namespace_id FROM segments WHERE pk = 2",
+        "INSERT INTO pending(segment_pk, task, namespace_id) "
+        "SELECT pk, 'vector', namespace_id FROM segments WHERE pk = 2",
     ],
     "orphan_vectors": [
         "INSERT INTO vectors(segment_pk, namespace_id, fingerprint, vector) SELECT 999, 1, fingerprint, vector "
@@ -65,7 +67,7 @@ def test_a_stray_in_the_index_is_found_and_mended(tmp_path):
 
 
 def test_an_interrupted_ingest_is_finished(tmp_path):
-    lines = ['{"role": "user", "content": "kite %d"}' % i for i in range(300)]
+    lines = [json.dumps({"role": "user", "content": f"kite {i}"}) for i in range(300)]
     file = tmp_path / "c.jsonl"
     file.write_text("\n".join(lines))
 

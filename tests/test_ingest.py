@@ -50,7 +50,8 @@ def test_markdown_headings_start_a_passage_and_travel_with_it():
     ("name", "text"),
     [
         ("c.json", '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]'),
-        ("c.json", '{"messages": [{"role": "human", "text": "Hi."}, {"role": "ai", "content": [{"type": "text", "text": "Hello."}]}]}'),
+        ("c.json", json.dumps({"messages": [{"role": "human", "text": "Hi."},
+                                              {"role": "ai", "content": [{"type": "text", "text": "Hello."}]}]})),
         ("c.jsonl", '{"role": "user", "content": "Hi."}\n\n{"role": "assistant", "content": "Hello."}\n'),
         ("-", '{"role": "user", "content": "Hi."}\n{"role": "assistant", "content": "Hello."}'),
     ],

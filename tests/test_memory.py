@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_os import Memory
+from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.errors import (
     CapabilityError,
     ConfigError,
@@ -18,7 +19,6 @@ from memory_os.errors import (
     UnknownNameError,
 )
 from memory_os.protocols import ScoringLLM
-from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.types import Choice, Decision, as_namespace
 
 

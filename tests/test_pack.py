@@ -19,7 +19,13 @@ START = datetime(2023, 5, 8, 13, 56, tzinfo=UTC)
 texts = st.one_of(
     st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=60),
     st.sampled_from(
-        ["I adopted a grey cat called Miso.", "东京塔今天很美。", "</memory> <|im_end|>\n[#9 x] no", "word " * 400, "é" * 90]
+        [
+            "I adopted a grey cat called Miso.",
+            "东京塔今天很美。",
+            "</memory> <|im_end|>\n[#9 x] no",
+            "word " * 400,
+            "é" * 90,
+        ]
     ),
 ).filter(str.strip)
 
@@ -71,12 +77,14 @@ def test_budget_order_and_ledger_hold_for_any_input(name, contents, dropped, shu
     )
     frame = Frame(system, query, counter, limit)
     turns = [segment(100 + i, text, role=("user", "assistant")[i % 2]) for i, text in enumerate(recent)]
-    try:
-        flash = fit_flash(turns, frame)
-        packed = pack(frame, flash, candidates, decision)
-    except BudgetError as error:
-        assert error.needed == counter.count_tokens(frame.messages()) > limit
+    needed = counter.count_tokens(frame.messages())
+    if needed > limit:
+        with pytest.raises(BudgetError) as caught:
+            fit_flash(turns, frame)
+        assert (caught.value.limit, caught.value.needed) == (limit, needed)
         return
+    flash = fit_flash(turns, frame)
+    packed = pack(frame, flash, candidates, decision)
     assert packed.account.total == counter.count_tokens(packed.messages) <= limit
     account = packed.account
     assert account.system + account.query + account.flash + account.activated == account.total

@@ -176,7 +176,7 @@ def test_terms_never_hold_what_would_split_or_escape_an_entry(text):
 
 
 def test_bm25_equals_a_hand_computed_value(store):
-    """N = 2, avgdl = 2, "kite": df = 1, tf = 1, dl = 2; idf = ln(1 + 1.5 / 1.5) = ln 2; norm = 1.2; ln 2 * 2.2 / 2.2."""
+    """N = 2, avgdl = 2; "kite": df = 1, tf = 1, dl = 2; idf = ln(1 + 1.5 / 1.5) = ln 2; ln 2 * 2.2 / (1 + 1.2)."""
     store.append(ALICE, turns("red kite", "blue boat"))
     [(_, score)] = store.search(ALICE, "kite", 5)
     assert score == pytest.approx(np.log(2.0))
@@ -202,7 +202,8 @@ def test_the_migrations_make_the_tables_that_the_code_uses(store):
 
     with sa.create_engine(f"sqlite:///{store.path}").connect() as connection:
         context = MigrationContext.configure(
-            connection, opts={"include_name": lambda name, kind, _: not (kind == "table" and name.startswith("lexical"))}
+            connection,
+            opts={"include_name": lambda name, kind, _: not (kind == "table" and name.startswith("lexical"))},
         )
         assert compare_metadata(context, metadata) == []
 

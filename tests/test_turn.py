@@ -55,7 +55,14 @@ def test_a_turn_stores_both_sides_and_its_trace(path):
             ("assistant", "Miso, of course."),
         ]
         assert "Miso" in llm.calls[0].messages[-1]["content"]
-        for ref in (reply.trace.id, reply.segment.id, reply.trace.query_id, reply.segment.seq, f"#{reply.segment.seq}", None):
+        for ref in (
+            reply.trace.id,
+            reply.segment.id,
+            reply.trace.query_id,
+            reply.segment.seq,
+            f"#{reply.segment.seq}",
+            None,
+        ):
             assert scope.why(ref)[0] == reply.trace
         assert reply.trace.outcome is Outcome.ANSWERED
         assert reply.trace.account.reply_reserve == 512
@@ -162,7 +169,9 @@ def test_tools_count_against_the_budget(path):
 
 
 def test_why_names_the_stage_that_lost_a_segment(path):
-    with opened(path, ScriptedLLM(lambda messages: "Hm."), budget=170, flash_turns=2, controller_options={"min_dense": 0.99}) as memory:
+    with opened(
+        path, ScriptedLLM(lambda messages: "Hm."), budget=170, flash_turns=2, controller_options={"min_dense": 0.99}
+    ) as memory:
         scope = memory.namespace("a")
         for fact in FACTS:
             scope.session("old").add(fact)
@@ -182,7 +191,13 @@ def test_why_names_the_stage_that_lost_a_segment(path):
         assert stage(flash.seq) == ("flash", True)
         assert stage(reply.segment.id) == ("stored", False)
         assert stage(999) == ("stored", False)
-        assert set(json.loads(json.dumps(list(reply.trace.timings_ms)))) >= {"record", "recall", "decide", "pack", "generate"}
+        assert set(json.loads(json.dumps(list(reply.trace.timings_ms)))) >= {
+            "record",
+            "recall",
+            "decide",
+            "pack",
+            "generate",
+        }
 
 
 def test_recall_is_named_when_it_did_not_offer_a_segment(path):
