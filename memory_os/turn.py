@@ -70,9 +70,10 @@ class Parts:
 
     def config_hash(self) -> str:
         """Changes whenever the same store and query could give another context."""
+        settings = getattr(self.controller, "__dict__", {})
         config = {
             "options": asdict(self.options),
-            "controller": [self.controller.name, {k: repr(v) for k, v in sorted(vars(self.controller).items())}],
+            "controller": [self.controller.name, {name: repr(value) for name, value in sorted(settings.items())}],
             "index": type(self.index).__name__,
             "embedder": self.embedder.fingerprint,
             "counter": self.counter.name,
@@ -212,7 +213,7 @@ def run_turn(
     llm, reply_tokens = parts.llm, parts.options.reply_tokens
     if llm is None:
         raise ConfigError('chat needs an LLM: open the memory with llm="smollm2", "provider:model" or an object')
-    limit = min(budget or parts.options.budget, llm.context_window - reply_tokens)
+    limit = min(parts.options.budget if budget is None else budget, llm.context_window - reply_tokens)
     Frame(parts.options.system, query, parts.counter, limit).check()
     clock = Clock()
 

@@ -1,10 +1,15 @@
 """The record store: the contract of ``RecordStore`` and its lexical search, on real SQLite files."""
 
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,16 +254,32 @@ def test_a_full_disk_changes_nothing(store):
     assert after.seq == 2
 
 
-def test_a_read_only_file_can_be_read_and_says_why_it_cannot_be_written(store):
-    store.append(ALICE, turns("before"))
-    store.close()
+@contextmanager
+def as_an_ordinary_user():
+    """Root may write everywhere, so it steps back to nobody."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
 
-    import sqlalchemy as sa
 
-    sa.event.listen(store._engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
-    assert [s.text for s in store.scan(ALICE)] == ["before"]
-    with pytest.raises(StoreError, match="cannot be written"):
-        store.append(ALICE, turns("after"))
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "existing"])
+def test_a_read_only_folder_is_one_clear_error(store, exists):
+    folder = Path(tempfile.mkdtemp())  # not below tmp_path, which only its owner may enter
+    path = folder / "memory.db"
+    if exists:
+        SqliteStore(path, count_tokens=count).close()
+        path.chmod(0o444)
+    before = sorted(file.name for file in folder.iterdir())
+    folder.chmod(0o555)
+    with as_an_ordinary_user(), pytest.raises(StoreError, match="cannot be written.*check the permissions"):
+        SqliteStore(path, count_tokens=count).append(ALICE, turns("more"))
+    assert sorted(file.name for file in folder.iterdir()) == before
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
 
 
 def test_durability_settings_hold_on_every_connection(store):

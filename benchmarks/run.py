@@ -1,0 +1,155 @@
+"""Speed, as ratios against a peer in the same run: ``make bench``.
+
+- ingest: the SDK's ``ingest`` of real turns, against the bare encoder at the same precision and batch size, and against
+  stock float32 ``SentenceTransformer.encode``;
+- context: ``context()`` over many stored segments, against the bare embedding of the same queries;
+- start: ``memos --help`` and ``import memory_os``, as whole processes.
+
+Every ratio is the median over rounds that measure both sides in turn. Prints a table; ``--json FILE`` keeps the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+
+from memory_os import Memory, NewSegment
+from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "locomo_dev.json"
+BATCH = 32
+
+
+def turns_and_questions() -> tuple[list[str], list[str]]:
+    """Real conversation turns and the questions asked of them."""
+    if not DATA.exists():
+        sys.exit(f"needs the evaluation data at {DATA}")
+    turns: list[str] = []
+    questions: list[str] = []
+    for sample in json.loads(DATA.read_text()):
+        sessions = (value for value in sample["conversation"].values() if isinstance(value, list))
+        turns += [turn["text"] for session in sessions for turn in session if turn["text"].strip()]
+        questions += [item["question"] for item in sample["qa"]]
+    return turns, questions
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def bench_ingest(turns: list[str], rounds: int) -> dict[str, float]:
+    """Throughput of ``ingest`` and of the bare encoders, and the ratios."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    embedder = SentenceTransformerEmbedder("minilm", batch_size=BATCH)
+    embedder.embed_documents(turns[:BATCH])
+    path = embedder.path
+    stock = SentenceTransformer(path, device="cpu")
+    bare = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": getattr(torch, embedder.dtype)})
+    for model in (stock, bare):
+        model.encode(turns[:BATCH], batch_size=BATCH)
+    figures: dict[str, list[float]] = {"stock": [], "bare": [], "ingest": []}
+    with tempfile.TemporaryDirectory() as folder:
+        chat = Path(folder) / "chat.jsonl"
+        chat.write_text("\n".join(json.dumps({"role": "user", "content": text}) for text in turns))
+        for number in range(rounds):
+            with Memory.open(Path(folder) / f"{number}.db", embedder=embedder) as memory:
+                scope = memory.namespace("bench")
+                work = {
+                    "stock": lambda: stock.encode(turns, batch_size=BATCH, show_progress_bar=False),
+                    "bare": lambda: bare.encode(turns, batch_size=BATCH, show_progress_bar=False),
+                    "ingest": lambda: scope.ingest(chat),
+                }
+                for name, run in work.items():
+                    figures[name].append(len(turns) / seconds(run))
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    ratio = {
+        f"ingest_over_{peer}": statistics.median(a / b for a, b in zip(figures["ingest"], figures[peer], strict=True))
+        for peer in ("bare", "stock")
+    }
+    return {**{f"{name}_turns_per_s": value for name, value in median.items()}, **ratio, "dtype": embedder.dtype}
+
+
+def bench_context(turns: list[str], questions: list[str], n_segments: int, folder: Path) -> dict[str, float]:
+    """Latency of ``context()`` over ``n_segments`` segments and of the bare query embedding, in turn, milliseconds."""
+    embedder = SentenceTransformerEmbedder("minilm", batch_size=BATCH)
+    rng = np.random.default_rng(0)
+    with Memory.open(folder / f"{n_segments}.db", embedder=embedder) as memory:
+        scope = memory.namespace("bench")
+        real = embedder.embed_documents(turns)
+        for start in range(0, n_segments, 5000):
+            batch = range(start, min(start + 5000, n_segments))
+            stored = memory.parts.store.append(
+                scope.labels, [NewSegment(f"{turns[i % len(turns)]} ({i})", f"s{i // 20}") for i in batch]
+            )
+            noise = real[[i % len(turns) for i in batch]] + 0.02 * rng.standard_normal((len(batch), real.shape[1]))
+            rows = (noise / np.linalg.norm(noise, axis=1, keepdims=True)).astype(np.float32)
+            memory.parts.store.put_vectors(scope.labels, embedder.fingerprint, [s.id for s in stored], rows)
+        for question in questions[:10]:
+            scope.context(question, budget=1024)
+        embed, whole = [], []
+        for question in questions[:: len(questions) // 100]:
+            embed.append(1000 * seconds(lambda: embedder.embed_query(question)))
+            whole.append(1000 * seconds(lambda: scope.context(question, budget=1024)))
+    e50, c50 = statistics.median(embed), statistics.median(whole)
+    return {
+        "segments": n_segments,
+        "embed_p50_ms": e50,
+        "context_p50_ms": c50,
+        "context_p95_ms": float(np.percentile(whole, 95)),
+        "allowed_ms": 2 * e50 + 10,
+        "context_over_allowed": c50 / (2 * e50 + 10),
+    }
+
+
+def bench_start(rounds: int) -> dict[str, float]:
+    """Whole-process wall times in seconds, median."""
+    memos = Path(sys.executable).with_name("memos")
+    commands = {"help_s": [str(memos), "--help"], "import_s": [sys.executable, "-c", "import memory_os"]}
+    return {
+        name: statistics.median(
+            seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(rounds)
+        )
+        for name, command in commands.items()
+    }
+
+
+def main() -> None:
+    """Run all and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--segments", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    turns, questions = turns_and_questions()
+    results: dict[str, object] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        results["start"] = bench_start(options.rounds)
+        results["ingest"] = bench_ingest(turns, options.rounds)
+        results["context"] = [bench_context(turns, questions, n, Path(folder)) for n in options.segments]
+    print(json.dumps(results, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
