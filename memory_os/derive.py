@@ -9,7 +9,7 @@ from memory_os.types import Namespace
 
 __all__ = ["catch_up"]
 
-BATCH = 256
+BATCH = 512
 
 
 def catch_up(

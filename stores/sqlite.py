@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -314,14 +313,12 @@ class SqliteStore:
                 return []
             bound = self._pk_bound(connection, ns, upto)
             weights: dict[str, float] = {}
-            totals: defaultdict[int, float] = defaultdict(float)
+            postings: list[list[int]] = []
             for term in wanted:
-                pks = self._postings(connection, f"{ns}_{term}", bound)
-                n_matching = self._estimate_matches(connection, pks, statistics.n_segments)
-                weight = weights[f"{ns}_{term}"] = idf(statistics.n_segments, n_matching)
-                for pk in pks:
-                    totals[pk] += weight
-            shortlist = sorted(totals, key=lambda pk: (-totals[pk], pk))[: SHORTLIST * k]
+                postings.append(self._postings(connection, f"{ns}_{term}", bound))
+                n_matching = self._estimate_matches(connection, postings[-1], statistics.n_segments)
+                weights[f"{ns}_{term}"] = idf(statistics.n_segments, n_matching)
+            shortlist = _heaviest(postings, list(weights.values()), SHORTLIST * k)
             mean_length = statistics.n_terms / statistics.n_segments
             scored: list[tuple[float, int, str]] = []
             for part in _parts(shortlist):
@@ -669,6 +666,18 @@ def _iso(time: datetime) -> str:
 def _entry(ns: int, terms: Sequence[str]) -> str:
     # the namespace is part of every term: a search cannot reach another one's entries
     return " ".join(f"{ns}_{term}" for term in terms)
+
+
+def _heaviest(postings: Sequence[Sequence[int]], weights: Sequence[float], n: int) -> list[int]:
+    """The ``n`` rows whose terms weigh most together, ties by the smaller row."""
+    import numpy as np
+
+    rows = np.concatenate([np.asarray(pks, dtype=np.int64) for pks in postings])
+    each = np.repeat(np.asarray(weights), [len(pks) for pks in postings])
+    distinct, where = np.unique(rows, return_inverse=True)
+    totals = np.bincount(where, weights=each, minlength=len(distinct))
+    best: list[int] = distinct[np.lexsort((distinct, -totals))[:n]].tolist()
+    return best
 
 
 def _lexical_terms(connection: sa.Connection, pk: int) -> list[str] | None:

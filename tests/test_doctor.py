@@ -6,6 +6,7 @@ import sqlite3
 import pytest
 
 from memory_os import Memory
+from memory_os.memory import BATCH
 
 
 @pytest.fixture(params=["exact", "chroma"])
@@ -67,7 +68,7 @@ def test_a_stray_in_the_index_is_found_and_mended(tmp_path):
 
 
 def test_an_interrupted_ingest_is_finished(tmp_path):
-    lines = [json.dumps({"role": "user", "content": f"kite {i}"}) for i in range(300)]
+    lines = [json.dumps({"role": "user", "content": f"kite {i}"}) for i in range(BATCH + 44)]
     file = tmp_path / "c.jsonl"
     file.write_text("\n".join(lines))
 
@@ -83,10 +84,10 @@ def test_an_interrupted_ingest_is_finished(tmp_path):
     with Memory.open(tmp_path / "memory.db", embedder=Failing()) as memory, pytest.raises(RuntimeError):
         memory.namespace("a").ingest(file)
     with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
-        assert len(memory.check()["pending_vectors"]) == 256
+        assert len(memory.check()["pending_vectors"]) == BATCH
         with pytest.raises(KeyboardInterrupt):
             memory.namespace("a").ingest(file, progress=stop)
         memory.repair()
         assert not any(memory.check().values())
-        assert memory.namespace("a").ingest(file) == (44, 256)
-        assert memory.namespace("a").stats()["segments"] == 300
+        assert memory.namespace("a").ingest(file) == (44, BATCH)
+        assert memory.namespace("a").stats()["segments"] == BATCH + 44

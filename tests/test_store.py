@@ -275,7 +275,7 @@ def test_a_read_only_folder_is_one_clear_error(store, exists):
         path.chmod(0o444)
     before = sorted(file.name for file in folder.iterdir())
     folder.chmod(0o555)
-    with as_an_ordinary_user(), pytest.raises(StoreError, match="cannot be written.*check the permissions"):
+    with as_an_ordinary_user(), pytest.raises(StoreError, match=r"cannot be written.*check the permissions"):
         SqliteStore(path, count_tokens=count).append(ALICE, turns("more"))
     assert sorted(file.name for file in folder.iterdir()) == before
     folder.chmod(0o755)
