@@ -151,6 +151,10 @@ class Scope:
         """The same verbs on one session of the namespace."""
         return Scope(self._parts, self.labels, check_text(name))
 
+    def whole(self) -> Scope:
+        """The same verbs on the whole namespace."""
+        return Scope(self._parts, self.labels)
+
     # -- write -----------------------------------------------------------------------------------------------------
 
     def add(
@@ -197,7 +201,7 @@ class Scope:
         format: str | None = None,
         name: str | None = None,
         pick: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
     ) -> tuple[int, int]:
         """Store a file: text, Markdown, or a chat in JSON or JSONL; ``(stored, already there)``.
 
@@ -207,15 +211,19 @@ class Scope:
         :param format: ``text``, ``markdown`` or ``chat``; guessed from the name's ending if not given.
         :param name: the identity of the source; the absolute path if not given.
         :param pick: of a file with several conversations, the one with this id.
-        :param progress: called with ``(stored, already there)`` after each batch is durable.
+        :param progress: called with ``(stored, already there, total)`` before the first batch and after each one is
+            durable; the file is then read once more, beforehand, to know the total.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
-        stored = known = 0
+        stored = known = total = 0
+        if progress:
+            total = sum(len(batch) for batch in _up_to_the_fault(self._read(source, format, name, pick)))
+            progress(stored, known, total)
         for batch in _batched(self._read(source, format, name, pick)):
             new = self.add_many(batch)
             stored, known = stored + len(new), known + len(batch) - len(new)
             if progress:
-                progress(stored, known)
+                progress(stored, known, total)
         catch_up(self._parts.store, self._parts.embedder, self.labels)  # what an interrupted run left
         return stored, known
 
@@ -237,6 +245,7 @@ class Scope:
             return
         label = name or "-"
         session = self.session_name or DEFAULT_SESSION
+        source.seek(0)
         yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
 
     def forget(
@@ -459,6 +468,14 @@ def _batched(items: Iterable[T]) -> Iterator[list[T]]:
         yield batch
     if failure:
         raise failure
+
+
+def _up_to_the_fault(items: Iterable[T]) -> Iterator[list[T]]:
+    """The batches of ``items`` without the error that ends them; whoever reads them for good meets it again."""
+    try:
+        yield from _batched(items)
+    except InvalidInputError:
+        return
 
 
 def _records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace]:

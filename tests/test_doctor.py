@@ -72,8 +72,10 @@ def test_an_interrupted_ingest_is_finished(tmp_path):
     file = tmp_path / "c.jsonl"
     file.write_text("\n".join(lines))
 
-    def stop(stored, known):
-        raise KeyboardInterrupt
+    def stop(stored, known, total):
+        assert total == BATCH + 44
+        if stored or known:
+            raise KeyboardInterrupt
 
     class Failing:
         fingerprint, dimension = "hash-64-v1", 64

@@ -1,0 +1,238 @@
+"""``memos chat``: a session in the terminal that remembers across days."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memory_os.cli import render
+from memory_os.cli.common import (
+    Budget,
+    Controller,
+    Embedder,
+    Json,
+    Llm,
+    Namespace,
+    Session,
+    Store,
+    Tokenizer,
+    Vectors,
+    opened,
+)
+
+if TYPE_CHECKING:
+    from memory_os.config import Settings
+    from memory_os.memory import Scope
+    from memory_os.types import Reply
+
+__all__ = ["Chat", "chat"]
+
+
+def chat(
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+    budget: Budget = None,
+    tokenizer: Tokenizer = None,
+    llm: Llm = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+    controller: Controller = None,
+) -> None:
+    """Talk to an LLM that remembers. Close it, come back another day, and go on.
+
+    Example: memos chat --namespace acme/alice
+
+    JSON, an object a reply: {"text", "n_tokens", "segments" (their numbers), "trace"}
+    """
+    flags = {
+        "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
+        "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
+    }  # fmt: skip
+    with opened(llm=True, **flags) as (_, scope, settings):
+        if scope.session_name is None:
+            scope = scope.session("default")
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _banner(scope, settings)
+            lines = _edited_lines()
+        else:
+            lines = (line.rstrip("\n") for line in sys.stdin)
+        Chat(scope, budget=settings.budget, json=json).run(lines)
+
+
+def _banner(scope: Scope, settings: Settings) -> None:
+    talk = render.talk()
+    count = scope.stats()["segments"]
+    talk.print(f"[bold]memos[/] remembers {count} segments of [bold]{settings.namespace}[/] in {settings.store}")
+    talk.print(f"session {scope.session_name}, LLM {settings.llm}, controller {settings.controller}. ", end="")
+    talk.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.[/]\n")
+
+
+def _edited_lines() -> Iterator[str]:
+    """Lines typed at a prompt with editing, history across sessions, and completion of commands."""
+    from platformdirs import user_data_dir
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+
+    folder = Path(user_data_dir("memory_os"))
+    folder.mkdir(parents=True, exist_ok=True)
+    words = WordCompleter([f"/{name}" for name in Chat.COMMANDS], sentence=True)
+    prompt: PromptSession[str] = PromptSession(
+        history=FileHistory(str(folder / "chat_history")), completer=words, complete_while_typing=False
+    )
+    while True:
+        try:
+            yield prompt.prompt("you> ")
+        except KeyboardInterrupt:
+            continue  # a line that was begun is dropped, as in a shell
+        except EOFError:
+            return
+
+
+class Chat:
+    """The conversation loop: lines in, replies out. A line that begins with ``/`` is a command.
+
+    :param scope: the session that is talked in.
+    :param budget: most tokens of a prompt.
+    """
+
+    COMMANDS = {
+        "why": "[TURN]   the ledger of a turn, by default the last: every candidate, and why",
+        "memory": "         what is remembered, and what the last answer was shown of it",
+        "search": "QUERY    find segments",
+        "forget": "SEGMENT  delete a segment, by its number or id",
+        "budget": "[N]      show the tokens of the last prompt by part, or set the most for the next",
+        "session": "[NAME]   show the session's name, or go on in another one",
+        "export": "FILE     write the namespace as JSONL",
+        "help": "         this list",
+        "quit": "         leave",
+    }
+
+    def __init__(self, scope: Scope, *, budget: int, json: bool = False) -> None:
+        self.scope = scope
+        self.budget = budget
+        self.json = json
+        self.last: Reply | None = None
+        self._out = render.out()
+        self._talk = render.talk()
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Take line after line until they end or one says /quit."""
+        from memory_os.errors import MemoryOSError
+
+        for line in lines:
+            text = line.strip()
+            if not text:
+                continue
+            if text in ("/quit", "/exit"):
+                return
+            try:
+                if text.startswith("/"):
+                    self.command(text)
+                else:
+                    self.say(text)
+            except MemoryOSError as error:  # one line, and the conversation goes on
+                self._note(str(error), "red")
+
+    def say(self, text: str) -> None:
+        """One turn: print the reply as it comes. Ctrl-C stops it and keeps what was said."""
+        stream = self.scope.stream(text, budget=self.budget)
+        try:
+            first = self._waiting(stream.__next__)
+            if not self.json:
+                self._write(first)
+            for piece in stream:
+                if not self.json:
+                    self._write(piece)
+        except KeyboardInterrupt:
+            stream.close()
+            self._write("\n")
+            self._note("stopped; what was said so far is remembered", "yellow")
+            return
+        except StopIteration:
+            pass  # an empty reply
+        self.last = stream.reply
+        if self.json:
+            render.print_json(
+                {
+                    "text": self.last.text,
+                    "n_tokens": self.last.context.n_tokens,
+                    "segments": [segment.seq for segment in self.last.context.segments],
+                    "trace": self.last.trace.id,
+                }
+            )
+        else:
+            self._write("\n" if not self._talk.is_terminal else "\n\n")
+
+    def _waiting(self, first_piece: Callable[[], str]) -> str:
+        if not self._talk.is_terminal:
+            return first_piece()
+        with self._talk.status("thinking", spinner="dots"):
+            return first_piece()
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def _note(self, text: str, style: str = "dim") -> None:
+        from rich.text import Text
+
+        self._talk.print(Text(text, style=style), soft_wrap=True)
+
+    def command(self, line: str) -> None:
+        """Do what a slash command says."""
+        name, _, rest = line[1:].partition(" ")
+        if name not in self.COMMANDS:
+            self._note(f"there is no /{name}; /help lists what there is", "yellow")
+            return
+        getattr(self, f"_{name}")(rest.strip())
+
+    def _why(self, turn: str) -> None:
+        trace, _ = self.scope.why(turn or (self.last.trace.id if self.last else None))
+        for note in render.trace_notes(trace):
+            self._out.print(note, markup=False, soft_wrap=True)
+        self._out.print(render.ledger_table(trace, self.scope.segment))
+
+    def _memory(self, _: str) -> None:
+        counts = self.scope.stats()
+        self._out.print(f"{counts['segments']} segments in {counts['sessions']} sessions, {counts['tokens']} tokens")
+        if self.last:
+            self._out.print(self.last.context.text or "The last answer needed nothing of it.", markup=False)
+
+    def _search(self, query: str) -> None:
+        self._out.print(render.hits_table(self.scope.search(query)))
+
+    def _forget(self, ref: str) -> None:
+        counts = self.scope.forget(*ref.split())
+        self._out.print(f"Forgot {counts['segments']} segments.")
+
+    def _budget(self, number: str) -> None:
+        if number:
+            if not number.isdecimal() or int(number) < 1:
+                self._note("a budget is a number of tokens, such as /budget 1000", "yellow")
+                return
+            self.budget = int(number)
+        self._out.print(f"At most {self.budget} tokens a prompt.")
+        if self.last:
+            self._out.print("The last one: " + render.account_line(self.last.context.account), soft_wrap=True)
+
+    def _session(self, name: str) -> None:
+        if name:
+            self.scope, self.last = self.scope.session(name), None
+        self._out.print(f"Session {self.scope.session_name}.", markup=False)
+
+    def _export(self, file: str) -> None:
+        if not file:
+            self._note("name a file: /export backup.jsonl", "yellow")
+            return
+        # the whole namespace, as the command memos export does
+        count = self.scope.whole().export(file)
+        self._out.print(f"Wrote {count} segments to {file}.", markup=False)
+
+    def _help(self, _: str) -> None:
+        for name, about in self.COMMANDS.items():
+            self._out.print(f"  /{name:<8} {about}", markup=False)

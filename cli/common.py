@@ -1,0 +1,86 @@
+"""What commands share: their options, and opening the memory that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memory_os.config import Settings
+    from memory_os.memory import Memory, Scope
+
+__all__ = [
+    "Budget",
+    "Controller",
+    "Embedder",
+    "Json",
+    "Llm",
+    "Namespace",
+    "Session",
+    "Store",
+    "Tokenizer",
+    "Vectors",
+    "opened",
+]
+
+Store = Annotated[str | None, typer.Option("--store", help="The database file.", rich_help_panel="Settings")]
+Namespace = Annotated[
+    str | None,
+    typer.Option("--namespace", "-n", help="Whose memory: labels with / between them.", rich_help_panel="Settings"),
+]
+Session = Annotated[
+    str | None, typer.Option("--session", "-s", help="One conversation in it.", rich_help_panel="Settings")
+]
+Llm = Annotated[
+    str | None,
+    typer.Option("--llm", help="smollm2, hf:NAME or provider:model.", rich_help_panel="Settings"),
+]
+Embedder = Annotated[
+    str | None, typer.Option("--embedder", help="minilm, st:NAME or hash.", rich_help_panel="Settings")
+]
+Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
+Controller = Annotated[
+    str | None, typer.Option("--controller", help="What decides: auto or recency.", rich_help_panel="Settings")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Whose tokens the budget counts.", rich_help_panel="Settings"),
+]
+Budget = Annotated[
+    int | None, typer.Option("--budget", "-b", help="Most tokens of the prompt.", rich_help_panel="Settings")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def opened(*, llm: bool = False, **flags: Any) -> Iterator[tuple[Memory, Scope, Settings]]:
+    """The memory that the settings name, and its namespace or session.
+
+    :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
+    :param flags: settings given on the command line, ``None`` for those that were not.
+    """
+    from memory_os.config import load
+    from memory_os.memory import Memory
+
+    settings, origins = load(flags)
+    if origins["store"].source == "default":
+        settings.store.parent.mkdir(parents=True, exist_ok=True)
+    local = settings.llm == "smollm2" or settings.llm.startswith("hf:")
+    counted = settings.llm if local else settings.llm.partition(":")[2]
+    with Memory.open(
+        settings.store,
+        llm=settings.llm if llm else None,
+        embedder=settings.embedder,
+        vectors=settings.vectors,
+        controller=settings.controller,
+        tokenizer=settings.tokenizer or (None if llm else counted),
+        budget=settings.budget,
+        reply_tokens=settings.reply_tokens,
+        flash_turns=settings.flash_turns,
+        system=settings.system,
+    ) as memory:
+        scope = memory.namespace(*settings.labels)
+        yield memory, scope.session(settings.session) if settings.session else scope, settings

@@ -1,0 +1,185 @@
+"""Commands that put things in and take things out: ingest, history, forget, export, import."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from memory_os.cli import render
+from memory_os.cli.common import Embedder, Json, Namespace, Session, Store, Vectors, opened
+
+__all__ = ["export", "forget", "history", "import_", "ingest"]
+
+SPOOLED_BYTES = 64 << 20
+
+
+def ingest(
+    file: Annotated[str, typer.Argument(help="Text, Markdown, or a chat in JSON or JSONL; - reads standard input.")],
+    format: Annotated[str | None, typer.Option("--format", "-f", help="text, markdown or chat.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="The source's name; what is known by it is not stored again.")
+    ] = None,
+    pick: Annotated[str | None, typer.Option("--pick", help="Of several conversations, the one with this id.")] = None,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+) -> None:
+    """Store a file. Run it again, and nothing is stored twice.
+
+    Example: memos ingest notes.md
+
+    JSON: {"stored": 12, "already_there": 0}
+    """
+    flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
+    with opened(**flags) as (_, scope, _), _progress() as progress:
+        if file == "-":
+            with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+                while block := sys.stdin.buffer.read(1 << 20):
+                    spool.write(block)
+                spool.seek(0)
+                stored, known = scope.ingest(spool, format=format, name=source, pick=pick, progress=progress)
+        else:
+            stored, known = scope.ingest(file, format=format, name=source, pick=pick, progress=progress)
+    if json:
+        render.print_json({"stored": stored, "already_there": known})
+    else:
+        render.out().print(f"Stored {stored} segments" + (f"; {known} were already there." if known else "."))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, a line per batch elsewhere; both on standard error."""
+    console = render.talk()
+    if not console.is_terminal:
+
+        def line(stored: int, known: int, total: int | None = None) -> None:
+            console.print(f"{stored + known}" + (f" of {total}" if total is not None else ""))
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Remembering", total=None)
+
+        def show(stored: int, known: int, total: int | None = None) -> None:
+            bar.update(task, completed=stored + known, total=total)
+
+        yield show
+
+
+def history(
+    n: Annotated[int, typer.Option("-k", "--last", min=1, help="How many segments.")] = 20,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+) -> None:
+    """Show the latest segments, oldest first.
+
+    Example: memos history --last 50
+
+    JSON: a list of segments: id, seq, session, role, speaker, text, created_at, metadata and more.
+    """
+    from memory_os.transfer import segment_to_dict
+
+    with opened(store=store, namespace=namespace, session=session) as (_, scope, _):
+        segments = scope.history(n)
+    if json:
+        render.print_json([segment_to_dict(segment) for segment in segments])
+    elif segments:
+        render.out().print(render.segments_table(segments))
+    else:
+        render.talk().print("Nothing is remembered here yet.")
+
+
+def forget(
+    refs: Annotated[list[str] | None, typer.Argument(help="Segments, by number or id.")] = None,
+    whole_session: Annotated[str | None, typer.Option("--whole-session", help="Forget this session.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Forget all of the namespace.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Only say how much would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    vectors: Vectors = None,
+) -> None:
+    """Delete segments, with all that was derived from them.
+
+    Example: memos forget 12 13
+
+    JSON: counts by place: segments, vectors, lexical, pending, traces.
+    """
+    if sum([bool(refs), whole_session is not None, everything]) != 1:
+        raise typer.BadParameter("name segments, or --whole-session NAME, or --everything")
+    with opened(store=store, namespace=namespace, vectors=vectors) as (_, scope, settings):
+        what = {"session": whole_session, "everything": everything}
+        count = scope.forget(*(refs or []), **what, preview=True)["segments"]  # type: ignore[arg-type]
+        if preview:
+            counts = {"segments": count}
+        else:
+            if not yes:
+                if not sys.stdin.isatty():
+                    raise typer.BadParameter(f"this would forget {count} segments; say --yes to do it unasked")
+                typer.confirm(f"Forget {count} segments of {settings.namespace} for good?", abort=True, err=True)
+            counts = scope.forget(*(refs or []), **what)  # type: ignore[arg-type]
+    if json:
+        render.print_json(counts)
+    else:
+        verb = "Would forget" if preview else "Forgot"
+        render.out().print(f"{verb} {counts['segments']} segments.")
+
+
+def export(
+    file: Annotated[str, typer.Argument(help="Where to; - writes to standard output.")],
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+) -> None:
+    """Write all that is recorded as JSONL, lossless.
+
+    Example: memos export backup.jsonl
+
+    JSON: {"segments": 12, "file": "backup.jsonl"}
+    """
+    with opened(store=store, namespace=namespace, session=session) as (_, scope, _):
+        count = scope.export(sys.stdout if file == "-" else file)  # type: ignore[arg-type]
+    if file == "-":
+        return
+    if json:
+        render.print_json({"segments": count, "file": file})
+    else:
+        render.out().print(f"Wrote {count} segments to {file}.")
+
+
+def import_(
+    file: Annotated[str, typer.Argument(help="A file that export wrote; - reads standard input.")],
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+) -> None:
+    """Store what export wrote. Run it again, and nothing is stored twice.
+
+    Example: memos import backup.jsonl -n acme/alice
+
+    JSON: {"stored": 12, "already_there": 0}
+    """
+    flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
+    with opened(**flags) as (_, scope, _), _progress() as progress:
+        stored, known = scope.import_(sys.stdin if file == "-" else file, progress=progress)
+    if json:
+        render.print_json({"stored": stored, "already_there": known})
+    else:
+        render.out().print(f"Stored {stored} segments" + (f"; {known} were already there." if known else "."))

@@ -1,0 +1,234 @@
+"""Commands that look and do not touch, but for ``doctor --repair``: context, search, why, stats, doctor, config."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from memory_os.cli import render
+from memory_os.cli.common import (
+    Budget,
+    Controller,
+    Embedder,
+    Json,
+    Llm,
+    Namespace,
+    Session,
+    Store,
+    Tokenizer,
+    Vectors,
+    opened,
+)
+
+__all__ = ["config", "context", "doctor", "search", "stats", "why"]
+
+
+def context(
+    query: Annotated[str, typer.Argument(help="What the model is about to be asked.")],
+    why: Annotated[bool, typer.Option("--why", help="Also show the ledger: every candidate, and why.")] = False,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+    budget: Budget = None,
+    tokenizer: Tokenizer = None,
+    llm: Llm = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+    controller: Controller = None,
+) -> None:
+    """Show what a model would be given for a query, to the token. Nothing is stored and no LLM is loaded.
+
+    Example: memos context "What is my cat called?" --budget 1000 --why
+
+    JSON: messages, text, n_tokens, account (tokens by part), segments, ledger, notes, trace.
+    """
+    flags = {
+        "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
+        "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
+    }  # fmt: skip
+    with opened(**flags) as (_, scope, _):
+        chosen = scope.context(query)
+        if json:
+            render.print_json(render.context_to_dict(chosen))
+            return
+        out = render.out()
+        for message in chosen.messages:
+            out.print(f"[bold]{message['role']}[/]")
+            out.print(message["content"], markup=False, soft_wrap=True)
+            out.print()
+        out.print(render.account_line(chosen.account))
+        for note in chosen.trace.notes:
+            out.print(note, markup=False)
+        if why:
+            out.print(render.ledger_table(chosen.trace, scope.segment))
+
+
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many segments.")] = 10,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+) -> None:
+    """Find segments by meaning and by words.
+
+    Example: memos search "the cat" -k 5
+
+    JSON: a list of {"score", "signals", "segment"}, best first.
+    """
+    from memory_os.transfer import segment_to_dict
+
+    with opened(store=store, namespace=namespace, embedder=embedder, vectors=vectors) as (_, scope, _):
+        hits = scope.search(query, k=k)
+    if json:
+        render.print_json(
+            [{"score": h.score, "signals": dict(h.signals), "segment": segment_to_dict(h.segment)} for h in hits]
+        )
+    elif hits:
+        render.out().print(render.hits_table(hits))
+    else:
+        render.talk().print("Nothing found.")
+
+
+def why(
+    turn: Annotated[
+        str | None, typer.Argument(help="A turn, by its trace or by its query or reply; the latest if left out.")
+    ] = None,
+    expect: Annotated[
+        str | None, typer.Option("--expect", help="A segment, by number or id: say which stage lost it.")
+    ] = None,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+) -> None:
+    """Show why a turn's context was what it was: every candidate, what became of it, and the reason.
+
+    Example: memos why --expect 12
+
+    JSON: {"trace": {...}, "finding": {"stage", "present", "sentence"} or null}
+    """
+    from dataclasses import asdict
+
+    from memory_os.trace import trace_to_dict
+
+    with opened(store=store, namespace=namespace) as (_, scope, _):
+        trace, finding = scope.why(turn, expect=expect)
+        if json:
+            render.print_json({"trace": trace_to_dict(trace), "finding": asdict(finding) if finding else None})
+            return
+        out = render.out()
+        out.print(
+            f"[bold]{render.snippet(trace.query, 200)}[/]" if "[" not in trace.query else trace.query, soft_wrap=True
+        )
+        for note in render.trace_notes(trace):
+            out.print(note, markup=False, soft_wrap=True)
+        out.print(render.ledger_table(trace, scope.segment))
+        if finding:
+            out.print(f"\n[bold]{finding.stage}[/]: {finding.sentence}", soft_wrap=True)
+
+
+def stats(json: Json = False, store: Store = None, namespace: Namespace = None) -> None:
+    """Count what is remembered.
+
+    Example: memos stats -n acme/alice
+
+    JSON: segments, sessions, tokens, first, last, vectors, pending, traces, file, file_bytes, namespaces.
+    """
+    with opened(store=store, namespace=namespace) as (memory, scope, _):
+        counts = {**scope.stats(), "namespaces": ["/".join(labels) for labels in memory.namespaces()]}
+    if json:
+        render.print_json(counts)
+        return
+    rows = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in counts.items()}
+    render.out().print(render.pairs_table(rows, "what", "value"))
+
+
+def doctor(
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what is found, and finish pending work.")] = False,
+    json: Json = False,
+    store: Store = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+) -> None:
+    """Check the store: what is derived must match what is recorded. Exit code 1 if a fault remains.
+
+    Example: memos doctor --repair
+
+    JSON: {"found": {kind: count}, "remaining": {kind: count}}
+    """
+    with opened(store=store, embedder=embedder, vectors=vectors) as (memory, _, _):
+        found = {kind: len(rows) for kind, rows in memory.check().items()}
+        remaining = found
+        if repair and any(found.values()):
+            with render.talk().status("Mending"):
+                memory.repair()
+            remaining = {kind: len(rows) for kind, rows in memory.check().items()}
+    if json:
+        render.print_json({"found": found, "remaining": remaining})
+    else:
+        render.out().print(
+            render.pairs_table(
+                {kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind]) for kind in found},
+                "check",
+                "result",
+            )
+        )
+    if any(count for kind, count in remaining.items() if kind != "pending_vectors"):
+        if not repair:
+            render.talk().print("memos doctor --repair mends what can be rebuilt.")
+        raise typer.Exit(1)
+
+
+def _verdict(kind: str, found: int, remaining: int) -> str:
+    if not found:
+        return "ok"
+    if not remaining:
+        return f"{found} mended"
+    if kind == "pending_vectors":
+        return f"{remaining} still to be made (work left, no fault)"
+    return f"{remaining} FAULTY" + ("; restore a backup or an export" if kind == "damage" else "")
+
+
+def config(
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+    budget: Budget = None,
+    tokenizer: Tokenizer = None,
+    llm: Llm = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+    controller: Controller = None,
+) -> None:
+    """Show every setting and where it comes from: flag, environment, file or default.
+
+    Example: MEMOS_BUDGET=1000 memos config
+
+    JSON: {name: {"value", "source"}}
+    """
+    from memory_os.config import config_path, load
+
+    _, origins = load(
+        {
+            "store": store,
+            "namespace": namespace,
+            "session": session,
+            "budget": budget,
+            "tokenizer": tokenizer,
+            "llm": llm,
+            "embedder": embedder,
+            "vectors": vectors,
+            "controller": controller,
+        }  # fmt: skip
+    )
+    if json:
+        render.print_json({name: {"value": origin.value, "source": origin.source} for name, origin in origins.items()})
+        return
+    rows = {name: [str(origin.value), origin.source] for name, origin in origins.items()}
+    render.out().print(render.pairs_table(rows, "setting", "value", "from"))
+    render.talk().print(f"The file is {config_path()}; a variable is MEMOS_ and the setting's name in capitals.")

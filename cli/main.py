@@ -1,0 +1,78 @@
+"""The ``memos`` command: its commands are in the files beside this one; here they are gathered, and errors end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from memory_os.cli import chat, data, inspect
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="memos",
+    help="Memory for any LLM: it decides every turn what enters the bounded context, and says why.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("memory-os"))
+        raise typer.Exit
+
+
+@app.callback()
+def memos(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Memory for any LLM: it decides every turn what enters the bounded context, and says why."""
+
+
+for command in (chat.chat,):
+    app.command()(command)
+for command in (inspect.context, inspect.search, inspect.why, data.history, data.ingest, data.forget):
+    app.command()(command)
+app.command("export")(data.export)
+app.command("import")(data.import_)
+for command in (inspect.stats, inspect.doctor, inspect.config):
+    app.command()(command)
+
+
+def run() -> None:
+    """The console script: a user's mistake is one line and exit code 1, never a traceback."""
+    from memory_os.errors import MemoryOSError
+
+    try:
+        app()
+    except MemoryOSError as error:
+        _say(f"Error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `memos history | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("MEMOS_DEBUG"):
+            raise
+        _say(f"This is a bug in memory_os: {error!r}. MEMOS_DEBUG=1 shows where.")
+        sys.exit(1)
+
+
+def _say(line: str) -> None:
+    from rich.text import Text
+
+    from memory_os.cli.render import talk
+
+    talk().print(Text(line, style="red"), soft_wrap=True)

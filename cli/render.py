@@ -1,0 +1,165 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memory_os.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from memory_os.types import Account, Context, Hit, Segment, Trace
+
+__all__ = [
+    "account_line",
+    "context_to_dict",
+    "hits_table",
+    "ledger_table",
+    "out",
+    "print_json",
+    "segments_table",
+    "talk",
+    "trace_notes",
+]
+
+SNIPPET = 60
+
+
+def out() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False)
+
+
+def talk() -> Console:
+    """Where everything else goes: progress, questions, notes."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2, default=str))
+
+
+def snippet(text: str, length: int = SNIPPET) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def _table(*columns: str | tuple[str, Mapping[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        name, options = (column, {}) if isinstance(column, str) else column
+        table.add_column(name, **options)
+    return table
+
+
+RIGHT: Mapping[str, Any] = {"justify": "right", "no_wrap": True}
+TEXT: Mapping[str, Any] = {"overflow": "ellipsis", "no_wrap": True, "ratio": 1}
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)  # what users stored is never read as markup
+
+
+def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
+    """The ledger of a turn: every candidate, what became of it, and why.
+
+    :param segment_of: finds a segment by id, to show its text.
+    """
+    names = sorted({name for entry in trace.ledger for name in entry.signals})
+    table = _table(
+        ("rank", RIGHT), ("seq", RIGHT), "action", "reason", ("score", RIGHT), *((name, RIGHT) for name in names),
+        ("tokens", RIGHT), ("text", TEXT),
+    )  # fmt: skip
+    colours = {"activated": "green", "trimmed": "yellow", "dropped": "dim"}
+    for entry in trace.ledger:
+        try:
+            text = snippet(segment_of(entry.segment_id).text)
+        except UnknownNameError:
+            text = "(forgotten)"
+        signals = [f"{entry.signals[name]:.3f}" if name in entry.signals else "-" for name in names]
+        form = "" if entry.form in (None, "full") else f" as {entry.form}"
+        table.add_row(
+            str(entry.rank), f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}", str(entry.reason),
+            f"{entry.score:.4f}", *signals, str(entry.n_tokens), _plain(text),
+        )  # fmt: skip
+    return table
+
+
+def segments_table(segments: Sequence[Segment]) -> Table:
+    """Segments, one a row, in full."""
+    table = _table(("seq", RIGHT), ("when", {"no_wrap": True}), "session", "who", "text")
+    for segment in segments:
+        when = segment.created_at.strftime("%Y-%m-%d %H:%M")
+        table.add_row(f"#{segment.seq}", when, _plain(segment.session), _plain(segment.who), _plain(segment.text))
+    return table
+
+
+def hits_table(hits: Sequence[Hit]) -> Table:
+    """Search results with their scores."""
+    names = sorted({name for hit in hits for name in hit.signals})
+    table = _table(("seq", RIGHT), ("score", RIGHT), *((name, RIGHT) for name in names), "who", "text")
+    for hit in hits:
+        signals = [f"{hit.signals[name]:.3f}" if name in hit.signals else "-" for name in names]
+        segment = hit.segment
+        table.add_row(
+            f"#{segment.seq}", f"{hit.score:.4f}", *signals, _plain(segment.who), _plain(snippet(segment.text, 200))
+        )
+    return table
+
+
+def pairs_table(rows: Mapping[str, Sequence[str] | str], *columns: str) -> Table:
+    """Names and what belongs to them."""
+    table = _table(*columns)
+    for name, cells in rows.items():
+        table.add_row(name, *([_plain(cells)] if isinstance(cells, str) else [_plain(cell) for cell in cells]))
+    return table
+
+
+def account_line(account: Account) -> str:
+    """The exact tokens by part, in one line."""
+    about = "" if account.exact else "about "
+    return (
+        f"{about}{account.total} of at most {account.limit} tokens ({account.tokenizer}): system {account.system}, "
+        f"query {account.query}, flash {account.flash}, activated {account.activated}"
+    )
+
+
+def trace_notes(trace: Trace) -> list[str]:
+    """What a reader of a trace should know besides the ledger."""
+    took = ", ".join(f"{stage} {ms:.0f}" for stage, ms in trace.timings_ms.items())
+    head = f"turn {trace.id}: {trace.outcome}, controller {trace.controller}, {took} ms"
+    return [head, account_line(trace.account), *trace.notes, *([f"error: {trace.error}"] if trace.error else [])]
+
+
+def context_to_dict(context: Context) -> dict[str, Any]:
+    """A context as JSON-ready data."""
+    from memory_os.trace import trace_to_dict
+    from memory_os.transfer import segment_to_dict
+
+    trace = trace_to_dict(context.trace)
+    return {
+        "messages": list(context.messages),
+        "text": context.text,
+        "n_tokens": context.n_tokens,
+        "account": trace["account"],
+        "segments": [segment_to_dict(segment) for segment in context.segments],
+        "ledger": trace["ledger"],
+        "notes": trace["notes"],
+        "trace": trace["id"],
+    }

@@ -1,0 +1,116 @@
+"""Settings of the command line: flag, then environment (``MEMOS_*``), then one TOML file, then default.
+
+The SDK reads none of this: ``Memory.open`` takes what it is given.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from platformdirs import user_config_dir, user_data_dir
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from memory_os.errors import ConfigError
+from memory_os.turn import Options
+
+__all__ = ["Origin", "Settings", "config_path", "load"]
+
+PREFIX = "MEMOS_"
+OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG"}
+DEFAULTS = Options()
+
+
+class Settings(BaseSettings):
+    """Everything that a command can be told; ``memos config`` lists it."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid")
+
+    store: Path = Field(default_factory=lambda: Path(user_data_dir("memory_os")) / "memory.db")
+    namespace: str = "default"
+    session: str | None = None
+    llm: str = "smollm2"
+    embedder: str = "minilm"
+    vectors: str = "exact"
+    controller: str = "auto"
+    tokenizer: str | None = None
+    budget: int = DEFAULTS.budget
+    reply_tokens: int = DEFAULTS.reply_tokens
+    flash_turns: int = DEFAULTS.flash_turns
+    system: str = DEFAULTS.system
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The namespace's labels: ``acme/alice`` is two of them."""
+        return tuple(self.namespace.split("/"))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what ``load`` hands over: it has read flags, environment and file, and knows where each came from."""
+        return (init_settings,)
+
+
+class Origin(NamedTuple):
+    """A setting's value, and where it comes from."""
+
+    value: Any
+    source: str
+
+
+def config_path() -> Path:
+    """The configuration file: ``MEMOS_CONFIG``, or ``config.toml`` in the user's configuration folder."""
+    return Path(os.environ.get("MEMOS_CONFIG") or Path(user_config_dir("memory_os")) / "config.toml").expanduser()
+
+
+def load(flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Origin]]:
+    """The settings, and the origin of each.
+
+    :param flags: values given on the command line; ``None`` is not given.
+    :raises ConfigError: for a value that cannot be used, a name that is no setting, or a file that is not TOML.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, given in ((f"file {config_path()}", _file()), ("environment", _environment()), ("flag", flags)):
+        for name, value in given.items():
+            if name not in Settings.model_fields:
+                known = ", ".join(Settings.model_fields)
+                raise ConfigError(f"{source}: {name!r} is not a setting; known: {known}")
+            if value is not None:
+                values[name] = value
+                sources[name] = f"environment {PREFIX}{name.upper()}" if source == "environment" else source
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"{sources[name]}: {name} = {values[name]!r}: {first['msg']}") from error
+    return settings, {
+        name: Origin(getattr(settings, name), sources.get(name, "default")) for name in Settings.model_fields
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(PREFIX) and name not in OTHER_VARIABLES
+    }
+
+
+def _file() -> dict[str, Any]:
+    path = config_path()
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error

@@ -1,0 +1,118 @@
+"""LangChain's own fake chat models behind the LLM seam."""
+
+import sys
+
+import pytest
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.outputs import ChatGenerationChunk
+
+from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW, LangChainLLM
+from memory_os.adapters.scripted import WordCounter
+from memory_os.errors import ConfigError, LLMError, MissingExtraError
+
+ASK = [{"role": "user", "content": "Hello"}]
+
+
+class Recorder(GenericFakeChatModel):
+    """Streams ``parts``; keeps what it was given in ``seen``."""
+
+    messages: object = iter(())
+    parts: list = []  # noqa: RUF012 - a pydantic field
+    seen: list = []  # noqa: RUF012
+    model_name: str = "some-model"
+
+    def _stream(self, messages, stop=None, run_manager=None, **kwargs):
+        try:
+            for part in self.parts:
+                if isinstance(part, Exception):
+                    raise part
+                self.seen.append((messages, stop, getattr(self, "max_tokens", None)))
+                yield ChatGenerationChunk(message=AIMessageChunk(content=part))
+        finally:
+            self.seen.append("closed")
+
+
+class Limited(Recorder):
+    """With a limit to set, as OpenAI's and Anthropic's classes have."""
+
+    max_tokens: int | None = None
+
+
+def test_the_reply_streams_and_messages_keep_their_roles():
+    model = Recorder(parts=["Hi ", "there"], seen=[])
+    chat = [{"role": r, "content": r} for r in ("system", "user", "assistant", "tool")]
+    assert list(LangChainLLM(model).generate(chat, max_tokens=9)) == ["Hi ", "there"]
+    sent = model.seen[0][0]
+    assert [type(m) for m in sent] == [SystemMessage, HumanMessage, AIMessage, HumanMessage]
+    assert [m.content for m in sent] == ["system", "user", "assistant", "tool"]
+
+
+def test_generic_fake_chat_model_works():
+    llm = LangChainLLM(GenericFakeChatModel(messages=iter([AIMessage(content="one two three")])))
+    assert "".join(llm.generate(ASK, max_tokens=9)) == "one two three"
+    assert llm.name == "GenericFakeChatModel"
+
+
+def test_blocks_of_content_become_their_text():
+    blocks = [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "Hi"}]
+    assert list(LangChainLLM(Recorder(parts=[blocks, []], seen=[])).generate(ASK, max_tokens=9)) == ["Hi"]
+
+
+def test_a_model_without_a_limit_is_cut_by_our_count():
+    llm = LangChainLLM(Recorder(parts=["one two ", "three four"], seen=[]), tokenizer=WordCounter())
+    assert "".join(llm.generate(ASK, max_tokens=3)).split() == ["one", "two", "three"]
+
+
+def test_a_model_with_a_limit_is_told_on_a_copy_of_it():
+    model = Limited(parts=["one ", "two"], seen=[])
+    llm = LangChainLLM(model)
+    # the count is approximate, and the model was told: its own end of the reply stands
+    assert "".join(llm.generate(ASK, max_tokens=1)) == "one two"
+    assert model.seen[0][2] == 1
+    assert model.max_tokens is None
+
+
+def test_stop_is_passed_on_and_kept_anyhow():
+    model = Recorder(parts=["Yes", "\nUs", "er: no", "more"], seen=[])
+    assert "".join(LangChainLLM(model).generate(ASK, max_tokens=99, stop=["\nUser:"])) == "Yes"
+    assert model.seen[0][1] == ["\nUser:"]
+
+
+def test_closing_closes_the_providers_stream():
+    model = Recorder(parts=["a "] * 100, seen=[])
+    reply = LangChainLLM(model).generate(ASK, max_tokens=99)
+    assert next(reply) == "a "
+    reply.close()
+    assert model.seen[-1] == "closed"
+    assert len(model.seen) < 5
+
+
+def test_whatever_the_provider_raises_is_an_llm_error():
+    llm = LangChainLLM(Recorder(parts=["a", ConnectionError("refused")], seen=[]))
+    reply = llm.generate(ASK, max_tokens=9)
+    assert next(reply) == "a"
+    with pytest.raises(LLMError, match="some-model failed: ConnectionError: refused") as caught:
+        next(reply)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_counts_and_window_say_where_they_come_from():
+    llm = LangChainLLM(Recorder())
+    assert (llm.exact, llm.context_window, len(llm.notes)) == (False, DEFAULT_CONTEXT_WINDOW, 2)
+    assert "assumed" in llm.notes[0]
+    known = LangChainLLM(Recorder(model_name="gpt-4", profile={"max_input_tokens": 128_000}))
+    assert (known.exact, known.context_window, known.notes) == (True, 128_000, ())
+    assert known.count_tokens(ASK) == 8
+    assert LangChainLLM(Recorder(), context_window=99, tokenizer=WordCounter()).notes == ()
+
+
+def test_a_provider_that_cannot_be_had_is_named(monkeypatch):
+    pytest.importorskip("langchain")
+    with pytest.raises(ConfigError, match="pip install langchain-mistralai"):
+        LangChainLLM.from_string("mistralai:mistral-small")
+    with pytest.raises(ConfigError, match="nonesuch"):
+        LangChainLLM.from_string("nonesuch:model")
+    monkeypatch.setitem(sys.modules, "langchain.chat_models", None)
+    with pytest.raises(MissingExtraError, match=r"memory-os\[langchain\]"):
+        LangChainLLM.from_string("openai:gpt-4")
