@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from memory_os.cli import render
 from memory_os.cli.common import (
@@ -52,7 +52,7 @@ def chat(
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
         "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
     }  # fmt: skip
-    with opened(llm=True, **flags) as (_, scope, settings):
+    with opened(flags, llm=True) as (_, scope, settings):
         if scope.session_name is None:
             scope = scope.session("default")
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -100,7 +100,7 @@ class Chat:
     :param budget: most tokens of a prompt.
     """
 
-    COMMANDS = {
+    COMMANDS: ClassVar = {
         "why": "[TURN]   the ledger of a turn, by default the last: every candidate, and why",
         "memory": "         what is remembered, and what the last answer was shown of it",
         "search": "QUERY    find segments",

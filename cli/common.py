@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,11 +56,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def opened(*, llm: bool = False, **flags: Any) -> Iterator[tuple[Memory, Scope, Settings]]:
+def opened(flags: Mapping[str, Any], *, llm: bool = False) -> Iterator[tuple[Memory, Scope, Settings]]:
     """The memory that the settings name, and its namespace or session.
 
-    :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
     :param flags: settings given on the command line, ``None`` for those that were not.
+    :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
     """
     from memory_os.config import load
     from memory_os.memory import Memory

@@ -15,8 +15,6 @@ from memory_os.cli.common import Embedder, Json, Namespace, Session, Store, Vect
 
 __all__ = ["export", "forget", "history", "import_", "ingest"]
 
-SPOOLED_BYTES = 64 << 20
-
 
 def ingest(
     file: Annotated[str, typer.Argument(help="Text, Markdown, or a chat in JSON or JSONL; - reads standard input.")],
@@ -39,9 +37,9 @@ def ingest(
     JSON: {"stored": 12, "already_there": 0}
     """
     flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
-    with opened(**flags) as (_, scope, _), _progress() as progress:
+    with opened(flags) as (_, scope, _), _progress() as progress:
         if file == "-":
-            with tempfile.SpooledTemporaryFile(SPOOLED_BYTES) as spool:
+            with tempfile.TemporaryFile() as spool:
                 while block := sys.stdin.buffer.read(1 << 20):
                     spool.write(block)
                 spool.seek(0)
@@ -92,7 +90,7 @@ def history(
     """
     from memory_os.transfer import segment_to_dict
 
-    with opened(store=store, namespace=namespace, session=session) as (_, scope, _):
+    with opened({"store": store, "namespace": namespace, "session": session}) as (_, scope, _):
         segments = scope.history(n)
     if json:
         render.print_json([segment_to_dict(segment) for segment in segments])
@@ -121,7 +119,7 @@ def forget(
     """
     if sum([bool(refs), whole_session is not None, everything]) != 1:
         raise typer.BadParameter("name segments, or --whole-session NAME, or --everything")
-    with opened(store=store, namespace=namespace, vectors=vectors) as (_, scope, settings):
+    with opened({"store": store, "namespace": namespace, "vectors": vectors}) as (_, scope, settings):
         what = {"session": whole_session, "everything": everything}
         count = scope.forget(*(refs or []), **what, preview=True)["segments"]  # type: ignore[arg-type]
         if preview:
@@ -152,7 +150,7 @@ def export(
 
     JSON: {"segments": 12, "file": "backup.jsonl"}
     """
-    with opened(store=store, namespace=namespace, session=session) as (_, scope, _):
+    with opened({"store": store, "namespace": namespace, "session": session}) as (_, scope, _):
         count = scope.export(sys.stdout if file == "-" else file)  # type: ignore[arg-type]
     if file == "-":
         return
@@ -177,7 +175,7 @@ def import_(
     JSON: {"stored": 12, "already_there": 0}
     """
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
-    with opened(**flags) as (_, scope, _), _progress() as progress:
+    with opened(flags) as (_, scope, _), _progress() as progress:
         stored, known = scope.import_(sys.stdin if file == "-" else file, progress=progress)
     if json:
         render.print_json({"stored": stored, "already_there": known})

@@ -48,7 +48,7 @@ def context(
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
         "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
     }  # fmt: skip
-    with opened(**flags) as (_, scope, _):
+    with opened(flags) as (_, scope, _):
         chosen = scope.context(query)
         if json:
             render.print_json(render.context_to_dict(chosen))
@@ -82,7 +82,7 @@ def search(
     """
     from memory_os.transfer import segment_to_dict
 
-    with opened(store=store, namespace=namespace, embedder=embedder, vectors=vectors) as (_, scope, _):
+    with opened({"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}) as (_, scope, _):
         hits = scope.search(query, k=k)
     if json:
         render.print_json(
@@ -115,7 +115,7 @@ def why(
 
     from memory_os.trace import trace_to_dict
 
-    with opened(store=store, namespace=namespace) as (_, scope, _):
+    with opened({"store": store, "namespace": namespace}) as (_, scope, _):
         trace, finding = scope.why(turn, expect=expect)
         if json:
             render.print_json({"trace": trace_to_dict(trace), "finding": asdict(finding) if finding else None})
@@ -138,7 +138,7 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
     JSON: segments, sessions, tokens, first, last, vectors, pending, traces, file, file_bytes, namespaces.
     """
-    with opened(store=store, namespace=namespace) as (memory, scope, _):
+    with opened({"store": store, "namespace": namespace}) as (memory, scope, _):
         counts = {**scope.stats(), "namespaces": ["/".join(labels) for labels in memory.namespaces()]}
     if json:
         render.print_json(counts)
@@ -160,7 +160,7 @@ def doctor(
 
     JSON: {"found": {kind: count}, "remaining": {kind: count}}
     """
-    with opened(store=store, embedder=embedder, vectors=vectors) as (memory, _, _):
+    with opened({"store": store, "embedder": embedder, "vectors": vectors}) as (memory, _, _):
         found = {kind: len(rows) for kind, rows in memory.check().items()}
         remaining = found
         if repair and any(found.values()):
@@ -170,13 +170,8 @@ def doctor(
     if json:
         render.print_json({"found": found, "remaining": remaining})
     else:
-        render.out().print(
-            render.pairs_table(
-                {kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind]) for kind in found},
-                "check",
-                "result",
-            )
-        )
+        verdicts = {kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind]) for kind in found}
+        render.out().print(render.pairs_table(verdicts, "check", "result"))
     if any(count for kind, count in remaining.items() if kind != "pending_vectors"):
         if not repair:
             render.talk().print("memos doctor --repair mends what can be rebuilt.")
@@ -213,19 +208,11 @@ def config(
     """
     from memory_os.config import config_path, load
 
-    _, origins = load(
-        {
-            "store": store,
-            "namespace": namespace,
-            "session": session,
-            "budget": budget,
-            "tokenizer": tokenizer,
-            "llm": llm,
-            "embedder": embedder,
-            "vectors": vectors,
-            "controller": controller,
-        }  # fmt: skip
-    )
+    flags = {
+        "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
+        "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
+    }  # fmt: skip
+    _, origins = load(flags)
     if json:
         render.print_json({name: {"value": origin.value, "source": origin.source} for name, origin in origins.items()})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -39,14 +40,22 @@ def memos(
     """Memory for any LLM: it decides every turn what enters the bounded context, and says why."""
 
 
-for command in (chat.chat,):
-    app.command()(command)
-for command in (inspect.context, inspect.search, inspect.why, data.history, data.ingest, data.forget):
-    app.command()(command)
-app.command("export")(data.export)
-app.command("import")(data.import_)
-for command in (inspect.stats, inspect.doctor, inspect.config):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "chat": chat.chat,
+    "context": inspect.context,
+    "search": inspect.search,
+    "why": inspect.why,
+    "history": data.history,
+    "ingest": data.ingest,
+    "forget": data.forget,
+    "export": data.export,
+    "import": data.import_,
+    "stats": inspect.stats,
+    "doctor": inspect.doctor,
+    "config": inspect.config,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def run() -> None:

@@ -27,14 +27,16 @@ __all__ = [
     "trace_notes",
 ]
 
-SNIPPET = 60
+SNIPPET = 80
+PIPE_WIDTH = 160
 
 
 def out() -> Console:
     """Where results go."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, highlight=False)
+    # a pipe has no width: tables are then wide enough to lose nothing
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def talk() -> Console:
@@ -67,7 +69,7 @@ def _table(*columns: str | tuple[str, Mapping[str, Any]]) -> Table:
 
 
 RIGHT: Mapping[str, Any] = {"justify": "right", "no_wrap": True}
-TEXT: Mapping[str, Any] = {"overflow": "ellipsis", "no_wrap": True, "ratio": 1}
+TEXT: Mapping[str, Any] = {"overflow": "fold", "min_width": 20}
 
 
 def _plain(text: str) -> Any:
@@ -77,14 +79,14 @@ def _plain(text: str) -> Any:
 
 
 def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
-    """The ledger of a turn: every candidate, what became of it, and why.
+    """The ledger of a turn: every candidate, the most wanted first, what became of it, and why.
 
     :param segment_of: finds a segment by id, to show its text.
     """
     names = sorted({name for entry in trace.ledger for name in entry.signals})
     table = _table(
-        ("rank", RIGHT), ("seq", RIGHT), "action", "reason", ("score", RIGHT), *((name, RIGHT) for name in names),
-        ("tokens", RIGHT), ("text", TEXT),
+        ("seq", RIGHT), "outcome", ("tokens", RIGHT), ("score", RIGHT), *((name, RIGHT) for name in names),
+        ("text", TEXT),
     )  # fmt: skip
     colours = {"activated": "green", "trimmed": "yellow", "dropped": "dim"}
     for entry in trace.ledger:
@@ -95,8 +97,8 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
         signals = [f"{entry.signals[name]:.3f}" if name in entry.signals else "-" for name in names]
         form = "" if entry.form in (None, "full") else f" as {entry.form}"
         table.add_row(
-            str(entry.rank), f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}", str(entry.reason),
-            f"{entry.score:.4f}", *signals, str(entry.n_tokens), _plain(text),
+            f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}, {entry.reason}", str(entry.n_tokens),
+            f"{entry.score:.4f}", *signals, _plain(text),
         )  # fmt: skip
     return table
 

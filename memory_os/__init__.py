@@ -1,22 +1,30 @@
-"""The memory layer for LLM agents: decides every turn what enters the bounded context, and says why."""
+"""The memory layer for LLM agents: decides every turn what enters the bounded context, and says why.
 
-from memory_os.aio import AsyncMemory, AsyncScope
-from memory_os.errors import (
-    BudgetError,
-    CapabilityError,
-    ConfigError,
-    InvalidInputError,
-    LLMError,
-    MemoryOSError,
-    MissingExtraError,
-    NamespaceError,
-    SchemaError,
-    StoreError,
-    StoreLockedError,
-    UnknownNameError,
-)
-from memory_os.memory import Memory, Scope
-from memory_os.types import Context, Hit, NewSegment, Reply, Segment, Trace
+Names are imported when they are first used, so that a command that needs none of them starts at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memory_os.aio import AsyncMemory, AsyncScope
+    from memory_os.errors import (
+        BudgetError,
+        CapabilityError,
+        ConfigError,
+        InvalidInputError,
+        LLMError,
+        MemoryOSError,
+        MissingExtraError,
+        NamespaceError,
+        SchemaError,
+        StoreError,
+        StoreLockedError,
+        UnknownNameError,
+    )
+    from memory_os.memory import Memory, Scope
+    from memory_os.types import Context, Hit, NewSegment, Reply, Segment, Trace
 
 __all__ = [
     "AsyncMemory",
@@ -42,3 +50,22 @@ __all__ = [
     "Trace",
     "UnknownNameError",
 ]
+
+_HOMES = {
+    "aio": ("AsyncMemory", "AsyncScope"),
+    "memory": ("Memory", "Scope"),
+    "types": ("Context", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

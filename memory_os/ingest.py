@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from memory_os.errors import InvalidInputError
 from memory_os.types import NewSegment, Role
@@ -105,7 +105,7 @@ def with_keys(segments: Iterable[NewSegment], source: str) -> Iterator[NewSegmen
 
 
 def read_segments(
-    stream: BinaryIO, *, name: str, format: str | None, session: str, pick: str | None = None
+    stream: IO[bytes], *, name: str, format: str | None, session: str, pick: str | None = None
 ) -> Iterator[NewSegment]:
     """The segments of a file, in order, without keys.
 
@@ -133,7 +133,7 @@ def read_segments(
         raise InvalidInputError("there is nothing in it to remember", source=name)
 
 
-def _check_utf8(stream: BinaryIO, name: str) -> None:
+def _check_utf8(stream: IO[bytes], name: str) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     try:
@@ -148,7 +148,7 @@ def _check_utf8(stream: BinaryIO, name: str) -> None:
     stream.seek(0)
 
 
-def _guess(stream: BinaryIO, name: str) -> str:
+def _guess(stream: IO[bytes], name: str) -> str:
     ending = Path(name).suffix.lower()
     if ending in (".json", ".jsonl", ".ndjson"):
         return "chat"

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
@@ -196,7 +196,7 @@ class Scope:
 
     def ingest(
         self,
-        source: str | Path | BinaryIO,
+        source: str | Path | IO[bytes],
         *,
         format: str | None = None,
         name: str | None = None,
@@ -228,12 +228,12 @@ class Scope:
         return stored, known
 
     def _read(
-        self, source: str | Path | BinaryIO, format: str | None, name: str | None, pick: str | None
+        self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
         if isinstance(source, str | Path):
             path = Path(source).expanduser().absolute()
             try:
-                stream: BinaryIO = path.open("rb")
+                stream = path.open("rb")
             except OSError as error:
                 raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(source)) from error
             with stream:
