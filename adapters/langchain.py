@@ -1,0 +1,136 @@
+"""Any LangChain chat model as an LLM, and so every provider that LangChain has."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memory_os.adapters.tokenizers import counter_for, end_before, end_within
+from memory_os.errors import ConfigError, LLMError, MissingExtraError
+from memory_os.types import Message
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.messages import BaseMessage
+
+    from memory_os.protocols import TokenCounter
+
+__all__ = ["DEFAULT_CONTEXT_WINDOW", "LangChainLLM"]
+
+DEFAULT_CONTEXT_WINDOW = 8192
+
+# what LangChain's integrations call the limit of the reply
+LIMITS = ("max_tokens", "max_output_tokens", "num_predict", "max_new_tokens", "max_completion_tokens")
+
+
+class LangChainLLM:
+    """A chat model of LangChain, for example ``LangChainLLM.from_string("openai:gpt-4")``.
+
+    :param model: any ``BaseChatModel``.
+    :param context_window: by default what the model's LangChain profile says, else 8192, and ``notes`` says so.
+    :param tokenizer: counts tokens; by default by the model's name, exactly for OpenAI's models with cl100k_base and
+        approximately (cl100k_base and 15%) for others.
+    :param name: how errors and traces call the model.
+    """
+
+    def __init__(
+        self,
+        model: BaseChatModel,
+        *,
+        context_window: int | None = None,
+        tokenizer: TokenCounter | None = None,
+        name: str | None = None,
+    ) -> None:
+        model_name = getattr(model, "model_name", None) or getattr(model, "model", None)
+        self.model = model
+        self.name: str = name or (model_name if isinstance(model_name, str) else type(model).__name__)
+        self._counter = tokenizer or counter_for(model_name if isinstance(model_name, str) else self.name)
+        notes = []
+        profile = getattr(model, "profile", None) or {}
+        if context_window is None and "max_input_tokens" not in profile:
+            notes.append(f"the context window of {self.name} is not known; {DEFAULT_CONTEXT_WINDOW} tokens are assumed")
+        if not self._counter.exact:
+            notes.append(f"tokens of {self.name} are counted approximately, by {self._counter.name}")
+        self.notes: tuple[str, ...] = tuple(notes)
+        self.context_window: int = context_window or profile.get("max_input_tokens") or DEFAULT_CONTEXT_WINDOW
+
+    @classmethod
+    def from_string(cls, model: str, *, context_window: int | None = None, **settings: Any) -> LangChainLLM:
+        """The model that LangChain knows by ``"provider:model"``; ``settings`` go to its class.
+
+        :raises MissingExtraError: if langchain is not installed.
+        :raises ConfigError: if the provider is unknown, its package missing, or its settings refused.
+        """
+        try:
+            from langchain.chat_models import init_chat_model
+        except ImportError as error:
+            raise MissingExtraError(f"the model {model!r}", "langchain", "langchain") from error
+        try:
+            made: BaseChatModel = init_chat_model(model, **settings)
+        except ImportError as error:  # langchain's own text names the package and how to install it
+            raise ConfigError(f"the model {model!r} cannot be used: {error}") from error
+        except Exception as error:  # every provider has its own for a missing key
+            raise ConfigError(f"the model {model!r} cannot be set up: {error}") from error
+        return cls(made, context_window=context_window, name=model)
+
+    @property
+    def exact(self) -> bool:
+        """Whether token counts are the model's own."""
+        return self._counter.exact
+
+    def count_text(self, text: str) -> int:
+        """Tokens of ``text`` alone."""
+        return self._counter.count_text(text)
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens of the whole chat."""
+        return self._counter.count_tokens(messages, tools)
+
+    def generate(self, messages: Sequence[Message], *, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the reply as the provider streams it. Closing the iterator closes the stream.
+
+        :raises LLMError: for whatever the provider raises.
+        """
+        model, told = _limited(self.model, max_tokens)
+        stream = self._stream(model, messages, stop)
+        # a provider that was told counts better than an approximation, which would cut its replies short
+        within = stream if told and not self.exact else end_within(stream, max_tokens, self._counter)
+        try:
+            yield from end_before(within, stop)
+        finally:
+            stream.close()
+
+    def _stream(
+        self, model: BaseChatModel, messages: Sequence[Message], stop: Sequence[str]
+    ) -> Generator[str, None, None]:
+        chunks = None
+        try:
+            chunks = model.stream([_to_langchain(message) for message in messages], stop=list(stop) or None)
+            for chunk in chunks:
+                if text := str(chunk.text):
+                    yield text
+        except Exception as error:
+            raise LLMError(self.name, f"{type(error).__name__}: {error}") from error
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()
+
+
+def _limited(model: BaseChatModel, max_tokens: int) -> tuple[BaseChatModel, bool]:
+    """The model with its limit set, and whether it has one to set.
+
+    A copy and not a call argument: some integrations (Ollama) refuse the setting there.
+    """
+    fields = type(model).model_fields
+    for limit in LIMITS:
+        if limit in fields:
+            return model.model_copy(update={limit: max_tokens}), True
+    return model, False
+
+
+def _to_langchain(message: Message) -> BaseMessage:
+    from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+
+    # a recalled "tool" message has lost the call that it answers, and providers refuse it: it is told by the user
+    kinds: dict[str, type[BaseMessage]] = {"system": SystemMessage, "assistant": AIMessage}
+    return kinds.get(message["role"], HumanMessage)(content=message["content"])

