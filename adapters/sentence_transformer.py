@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,8 @@ class SentenceTransformerEmbedder:
         """The unit vector of a question."""
         model, fast = self._model()
         if fast:
-            matrix = fast.embed([text], self._batch_size * TOKENS_PER_TEXT)
+            with _one_thread():
+                matrix = fast.embed([text], self._batch_size * TOKENS_PER_TEXT)
         else:
             matrix = self._normal(model.encode_query([text], show_progress_bar=False, convert_to_tensor=True))
         vector: Vector = matrix[0]
@@ -134,6 +136,22 @@ class SentenceTransformerEmbedder:
         if not fast.packed:
             self._notes = ("torch has no prepacked oneDNN weights here; embedding is slower",)
         return model, fast
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A short text gains little from a second core, and idle OpenMP threads spin: they slow down the search after it.
+
+    The number of threads is torch's for the whole process; when two threads meet here, only speed is at stake.
+    """
+    import torch
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class _FlatBert:

@@ -31,6 +31,7 @@ MAX_TEXT_CHARS = 1_000_000
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SESSION = re.compile(r"^session_(\d+)$")
 _ROLES: dict[str, Role] = {
     "user": "user", "human": "user",
@@ -56,7 +57,7 @@ def check_text(text: object, *, source: str | None = None, line: int | None = No
             source=source,
             line=line,
         )
-    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if "\x00" in text or _SURROGATE.search(text):
         raise InvalidInputError(
             "the text holds a NUL or a lone surrogate, which cannot be stored; remove it", source=source, line=line
         )

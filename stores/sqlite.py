@@ -34,7 +34,7 @@ T = TypeVar("T")
 BUSY_TIMEOUT_S = 60
 SCAN_PAGE = 1000
 IN_LIMIT = 900  # SQLite's limit on bound variables is 999 in old builds
-MAX_POSTINGS = 2000
+MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
 SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
