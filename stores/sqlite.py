@@ -369,11 +369,11 @@ class SqliteStore:
         """``(epoch, last row)``; see ``VectorSource``."""
         with self._read() as connection:
             ns = self._namespace_id(connection, namespace)
-            last = select(func.max(vectors.c.pk)).where(
-                vectors.c.namespace_id == ns, vectors.c.fingerprint == fingerprint
-            )
-            epoch = select(namespaces.c.epoch).where(namespaces.c.id == ns)
-            return connection.execute(epoch).scalar_one_or_none() or 0, connection.execute(last).scalar_one() or 0
+            mine = sa.and_(vectors.c.namespace_id == ns, vectors.c.fingerprint == fingerprint)
+            epoch = select(namespaces.c.epoch).where(namespaces.c.id == ns).scalar_subquery()
+            last = select(func.max(vectors.c.pk)).where(mine).scalar_subquery()
+            row = connection.execute(select(epoch, last)).one()
+        return row[0] or 0, row[1] or 0
 
     def read_vectors(
         self, namespace: Namespace, fingerprint: str, after: int = 0
@@ -407,24 +407,17 @@ class SqliteStore:
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many vectors are still to be made."""
         with self._read() as connection:
-            return self._count_pending(connection, namespace, fingerprint)
-
-    def _count_pending(self, connection: sa.Connection, namespace: Namespace, fingerprint: str) -> int:
-        ns = self._namespace_id(connection, namespace)
-        listed = select(func.count()).where(pending.c.namespace_id == ns, pending.c.task == VECTOR_TASK)
-        count: int = connection.execute(listed).scalar_one()
-        if self._has_stale(connection, ns, fingerprint):
-            stale = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
-            count += connection.execute(stale).scalar_one()
+            ns = self._namespace_id(connection, namespace)
+            listed = select(func.count()).where(pending.c.namespace_id == ns, pending.c.task == VECTOR_TASK)
+            row = connection.execute(select(listed.scalar_subquery(), *_ends(ns))).one()
+            count: int = row[0]
+            if any(end not in (None, fingerprint) for end in row[1:]):
+                stale = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
+                count += connection.execute(stale).scalar_one()
         return count
 
     def _has_stale(self, connection: sa.Connection, ns: int, fingerprint: str) -> bool:
-        # two look-ups at the ends of the index instead of a scan: all equal when smallest and largest are
-        ends = (
-            select(func.min(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns),
-            select(func.max(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns),
-        )
-        return any(connection.execute(end).scalar_one() not in (None, fingerprint) for end in ends)
+        return any(end not in (None, fingerprint) for end in connection.execute(select(*_ends(ns))).one())
 
     def _pending_query(
         self, connection: sa.Connection, namespace: Namespace, fingerprint: str, query: sa.Select[Any]
@@ -608,6 +601,14 @@ _FAULTS = {
         SELECT l.rowid FROM lexical l
         WHERE NOT EXISTS (SELECT 1 FROM segments s WHERE s.pk = l.rowid) ORDER BY l.rowid""",
 }
+
+
+def _ends(ns: int) -> list[sa.ScalarSelect[str]]:
+    """Smallest and largest fingerprint of a namespace's vectors: two look-ups in the index instead of a scan."""
+    return [
+        select(end(vectors.c.fingerprint)).where(vectors.c.namespace_id == ns).scalar_subquery()
+        for end in (func.min, func.max)
+    ]
 
 
 def _on_connect(connection: sqlite3.Connection, _: object) -> None:
