@@ -27,7 +27,6 @@ __all__ = [
     "trace_notes",
 ]
 
-SNIPPET = 80
 PIPE_WIDTH = 160
 
 
@@ -51,7 +50,7 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2, default=str))
 
 
-def snippet(text: str, length: int = SNIPPET) -> str:
+def snippet(text: str, length: int) -> str:
     """The beginning of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 3] + "..."
@@ -69,7 +68,6 @@ def _table(*columns: str | tuple[str, Mapping[str, Any]]) -> Table:
 
 
 RIGHT: Mapping[str, Any] = {"justify": "right", "no_wrap": True}
-TEXT: Mapping[str, Any] = {"overflow": "fold", "min_width": 20}
 
 
 def _plain(text: str) -> Any:
@@ -84,14 +82,13 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
     :param segment_of: finds a segment by id, to show its text.
     """
     names = sorted({name for entry in trace.ledger for name in entry.signals})
-    table = _table(
-        ("seq", RIGHT), "outcome", ("tokens", RIGHT), ("score", RIGHT), *((name, RIGHT) for name in names),
-        ("text", TEXT),
-    )  # fmt: skip
+    numbers = [(name, RIGHT) for name in ("seq", "tokens", "score", *names)]
+    table = _table(numbers[0], ("outcome", {"no_wrap": True}), *numbers[1:], ("text", {"no_wrap": True}))
+    room = out().width - 54 - 9 * len(names)  # on a narrow terminal the text gives way, and nothing else
     colours = {"activated": "green", "trimmed": "yellow", "dropped": "dim"}
     for entry in trace.ledger:
         try:
-            text = snippet(segment_of(entry.segment_id).text)
+            text = snippet(segment_of(entry.segment_id).text, max(room, 12))
         except UnknownNameError:
             text = "(forgotten)"
         signals = [f"{entry.signals[name]:.3f}" if name in entry.signals else "-" for name in names]

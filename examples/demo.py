@@ -6,16 +6,14 @@ Run it with ``make demo``. Everything is local: SmolLM2 answers, MiniLM finds, S
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
 from memory_os import Memory
-from memory_os.cli.render import ledger_table
+from memory_os.cli.render import ledger_table, out
 
 CONVERSATION = Path(__file__).with_name("conversation.json")
 QUESTION = "What is the name of my sister's dog?"
 BUDGET = 320
 
-console = Console()
+console = out()
 
 
 def main(folder: Path) -> None:
