@@ -9,7 +9,7 @@ from memory_os.types import Namespace
 
 __all__ = ["catch_up"]
 
-BATCH = 512
+BATCH = 1024
 
 
 def catch_up(

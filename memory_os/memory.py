@@ -36,7 +36,7 @@ __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 T = TypeVar("T")
 
 DEFAULT_SESSION = "default"
-BATCH = 512
+BATCH = 1024
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 
