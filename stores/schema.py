@@ -20,10 +20,13 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-__all__ = ["HEAD", "metadata", "namespaces", "pending", "segments", "traces", "vectors"]
+__all__ = ["HEAD", "VECTOR_TASK", "metadata", "namespaces", "pending", "segments", "traces", "vectors"]
 
 HEAD = "0001"
 """The schema revision that this version reads and writes."""
+
+VECTOR_TASK = "vector"
+"""The pending task of making a segment's vector."""
 
 metadata = MetaData()
 

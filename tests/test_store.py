@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_os.errors import SchemaError, StoreError
+from memory_os.stores import fulltext
 from memory_os.stores import sqlite as sqlite_module
 from memory_os.stores.lexical import query_terms, terms_of
 from memory_os.stores.schema import metadata
@@ -190,7 +191,7 @@ def test_bm25_equals_a_hand_computed_value(store):
 def test_a_term_in_more_segments_than_are_read_still_gets_its_true_weight(store, monkeypatch):
     store.append(ALICE, turns(*["kite common"] * 30, *["boat common"] * 30))
     whole = dict(store.search(ALICE, "kite common", 60))
-    monkeypatch.setattr(sqlite_module, "MAX_POSTINGS", 20)
+    monkeypatch.setattr(fulltext, "MAX_POSTINGS", 20)
     capped = dict(store.search(ALICE, "common", 60))
     assert len(capped) == 20
     newest = store.find(ALICE, "60").id
@@ -237,7 +238,7 @@ def test_not_a_database_and_no_folder_are_clear_errors(tmp_path):
 
 def test_a_full_disk_changes_nothing(store):
     store.append(ALICE, turns("before"))
-    with store._engine.connect() as connection:
+    with store.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
     store.close()
 
@@ -246,7 +247,7 @@ def test_a_full_disk_changes_nothing(store):
 
     import sqlalchemy as sa
 
-    sa.event.listen(store._engine, "connect", no_room)
+    sa.event.listen(store.database.engine, "connect", no_room)
     with pytest.raises(StoreError, match="disk is full; nothing was changed"):
         store.append(ALICE, turns(*["x" * 3000] * 40))
     assert [s.text for s in store.scan(ALICE)] == ["before"]
@@ -283,7 +284,7 @@ def test_a_read_only_folder_is_one_clear_error(store, exists):
 
 
 def test_durability_settings_hold_on_every_connection(store):
-    with store._engine.connect() as connection:
+    with store.database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1

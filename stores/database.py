@@ -1,0 +1,130 @@
+"""One SQLite file: opened, brought to the newest schema, and read and written in transactions.
+
+Every write is one ``BEGIN IMMEDIATE`` transaction in WAL mode under ``synchronous=FULL``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from memory_os.errors import SchemaError, StoreError
+from memory_os.stores.schema import HEAD
+
+__all__ = ["Database"]
+
+BUSY_TIMEOUT_S = 60
+
+
+class Database:
+    """The connections to one file.
+
+    :raises StoreError: if it cannot be opened, created or migrated.
+    :raises SchemaError: if it was written by a newer version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.parent.is_dir():
+            raise StoreError(f"cannot open {path}: the folder {path.parent} does not exist; create it first")
+        if path.is_dir():
+            raise StoreError(f"cannot open {path}: it is a folder; name a file in it, such as {path / 'memory.db'}")
+        self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S})
+        event.listen(self.engine, "connect", _on_connect)
+        event.listen(self.engine, "begin", _on_begin)
+        self._writer = self.engine.execution_options(memos_write=True)
+        try:
+            self._migrate()
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            raise StoreError(_problem(self.path, error.orig)) from error
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """One transaction under the write lock: durable when it ends, undone when it raises."""
+        with self._translated(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """One consistent view of the data."""
+        with self._translated(), self.engine.connect() as connection:
+            yield connection
+
+    def _migrate(self) -> None:
+        if self._revision() == HEAD:
+            return
+        with self.write() as connection:  # the write lock: of two processes that open a new file, one migrates
+            found = _revision_of(connection)
+            if found == HEAD:
+                return
+            from alembic.command import upgrade
+            from alembic.config import Config
+            from alembic.util import CommandError
+
+            config = Config(attributes={"connection": connection})
+            config.set_main_option("script_location", "memory_os.stores:migrations")
+            try:
+                upgrade(config, "head")
+            except CommandError as error:
+                raise SchemaError(str(self.path), str(found), HEAD) from error
+
+    def _revision(self) -> str | None:
+        with self.read() as connection:
+            return _revision_of(connection)
+
+    def size_bytes(self) -> int:
+        """Bytes on disk, the write-ahead log included."""
+        files = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def _on_connect(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself; _on_begin does
+    for pragma in ("foreign_keys = ON", "synchronous = FULL", "secure_delete = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        if "readonly" not in str(error):
+            raise  # a read-only medium can still be read; the first write says what is wrong
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("memos_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _problem(path: Path, error: BaseException | None) -> str:
+    text = str(error)
+    if "disk is full" in text or "disk full" in text:
+        return f"{path}: the disk is full; nothing was changed. Free some space and try again"
+    if "readonly" in text or "unable to open" in text:
+        return f"{path} cannot be written ({text}); check the permissions of the file and of its folder"
+    if "locked" in text:
+        return f"{path} was locked by another process for {BUSY_TIMEOUT_S} s; nothing was changed. Try again"
+    if "not a database" in text or "malformed" in text:
+        return f"{path} is not a memory_os database, or is damaged ({text}); name another file or restore a backup"
+    return f"{path}: {text}; nothing was changed"
+
+
+def _revision_of(connection: sa.Connection) -> str | None:
+    if not connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").first():
+        return None
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
