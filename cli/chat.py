@@ -66,8 +66,9 @@ def chat(
 def _banner(scope: Scope, settings: Settings) -> None:
     talk = render.talk()
     count = scope.stats()["segments"]
-    talk.print(f"[bold]memos[/] remembers {count} segments of [bold]{settings.namespace}[/] in {settings.store}")
-    talk.print(f"session {scope.session_name}, LLM {settings.llm}, controller {settings.controller}. ", end="")
+    where = render.plain(f"{settings.namespace} in {settings.store}", "bold")
+    talk.print(f"[bold]memos[/] remembers {render.count_of(count)} of", where, soft_wrap=True)
+    talk.print(render.plain(f"session {scope.session_name}, LLM {settings.llm}, controller {settings.controller}"))
     talk.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.[/]\n")
 
 
@@ -112,6 +113,8 @@ class Chat:
         "quit": "         leave",
     }
 
+    NEEDS: ClassVar = {"search": "say what to look for:", "forget": "name a segment:", "export": "name a file:"}
+
     def __init__(self, scope: Scope, *, budget: int, json: bool = False) -> None:
         self.scope = scope
         self.budget = budget
@@ -137,9 +140,14 @@ class Chat:
                     self.say(text)
             except MemoryOSError as error:  # one line, and the conversation goes on
                 self._note(str(error), "red")
+            except KeyboardInterrupt:  # in a command; say() has its own
+                self._note("stopped", "yellow")
+            if self._talk.is_terminal:
+                self._talk.print()
 
     def say(self, text: str) -> None:
         """One turn: print the reply as it comes. Ctrl-C stops it and keeps what was said."""
+        self.last = None  # if this turn does not end well, /why must not show the one before it
         stream = self.scope.stream(text, budget=self.budget)
         try:
             first = self._waiting(stream.__next__)
@@ -150,7 +158,8 @@ class Chat:
                     self._write(piece)
         except KeyboardInterrupt:
             stream.close()
-            self._write("\n")
+            if not self.json:
+                self._write("\n")
             self._note("stopped; what was said so far is remembered", "yellow")
             return
         except StopIteration:
@@ -166,7 +175,7 @@ class Chat:
                 }
             )
         else:
-            self._write("\n" if not self._talk.is_terminal else "\n\n")
+            self._write("\n")
 
     def _waiting(self, first_piece: Callable[[], str]) -> str:
         if not self._talk.is_terminal:
@@ -175,19 +184,20 @@ class Chat:
             return first_piece()
 
     def _write(self, text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(render.printable(text))
         sys.stdout.flush()
 
     def _note(self, text: str, style: str = "dim") -> None:
-        from rich.text import Text
-
-        self._talk.print(Text(text, style=style), soft_wrap=True)
+        self._talk.print(render.plain(text, style), soft_wrap=True)
 
     def command(self, line: str) -> None:
         """Do what a slash command says."""
         name, _, rest = line[1:].partition(" ")
         if name not in self.COMMANDS:
             self._note(f"there is no /{name}; /help lists what there is", "yellow")
+            return
+        if not rest.strip() and name in self.NEEDS:
+            self._note(f"{self.NEEDS[name]} /{name} {self.COMMANDS[name].split()[0]}", "yellow")
             return
         getattr(self, f"_{name}")(rest.strip())
 
@@ -199,16 +209,16 @@ class Chat:
 
     def _memory(self, _: str) -> None:
         counts = self.scope.stats()
-        self._out.print(f"{counts['segments']} segments in {counts['sessions']} sessions, {counts['tokens']} tokens")
+        self._out.print(f"{render.count_of(counts['segments'])}, {counts['tokens']} tokens, of {counts['sessions']} sessions")
         if self.last:
-            self._out.print(self.last.context.text or "The last answer needed nothing of it.", markup=False)
+            self._out.print(render.plain(self.last.context.text or "The last answer needed nothing of it."))
 
     def _search(self, query: str) -> None:
         self._out.print(render.hits_table(self.scope.search(query)))
 
     def _forget(self, ref: str) -> None:
         counts = self.scope.forget(*ref.split())
-        self._out.print(f"Forgot {counts['segments']} segments.")
+        self._out.print(f"Forgot {render.count_of(counts['segments'])}.")
 
     def _budget(self, number: str) -> None:
         if number:
@@ -226,12 +236,9 @@ class Chat:
         self._out.print(f"Session {self.scope.session_name}.", markup=False)
 
     def _export(self, file: str) -> None:
-        if not file:
-            self._note("name a file: /export backup.jsonl", "yellow")
-            return
         # the whole namespace, as the command memos export does
         count = self.scope.whole().export(file)
-        self._out.print(f"Wrote {count} segments to {file}.", markup=False)
+        self._out.print(f"Wrote {render.count_of(count)} to {file}.", markup=False)
 
     def _help(self, _: str) -> None:
         for name, about in self.COMMANDS.items():

@@ -49,7 +49,7 @@ def ingest(
     if json:
         render.print_json({"stored": stored, "already_there": known})
     else:
-        render.out().print(f"Stored {stored} segments" + (f"; {known} were already there." if known else "."))
+        render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
 
 
 @contextmanager
@@ -59,7 +59,8 @@ def _progress() -> Iterator[Callable[..., None]]:
     if not console.is_terminal:
 
         def line(stored: int, known: int, total: int | None = None) -> None:
-            console.print(f"{stored + known}" + (f" of {total}" if total is not None else ""))
+            if total != 0:
+                console.print(f"{stored + known}" + (f" of {total}" if total is not None else ""))
 
         yield line
         return
@@ -109,6 +110,7 @@ def forget(
     json: Json = False,
     store: Store = None,
     namespace: Namespace = None,
+    embedder: Embedder = None,
     vectors: Vectors = None,
 ) -> None:
     """Delete segments, with all that was derived from them.
@@ -117,24 +119,25 @@ def forget(
 
     JSON: counts by place: segments, vectors, lexical, pending, traces.
     """
-    if sum([bool(refs), whole_session is not None, everything]) != 1:
+    named = refs or []
+    if sum([bool(named), whole_session is not None, everything]) != 1:
         raise typer.BadParameter("name segments, or --whole-session NAME, or --everything")
-    with opened({"store": store, "namespace": namespace, "vectors": vectors}) as (_, scope, settings):
-        what = {"session": whole_session, "everything": everything}
-        count = scope.forget(*(refs or []), **what, preview=True)["segments"]  # type: ignore[arg-type]
+    flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
+    with opened(flags) as (_, scope, settings):
+        count = scope.forget(*named, session=whole_session, everything=everything, preview=True)["segments"]
         if preview:
             counts = {"segments": count}
         else:
             if not yes:
                 if not sys.stdin.isatty():
-                    raise typer.BadParameter(f"this would forget {count} segments; say --yes to do it unasked")
-                typer.confirm(f"Forget {count} segments of {settings.namespace} for good?", abort=True, err=True)
-            counts = scope.forget(*(refs or []), **what)  # type: ignore[arg-type]
+                    raise typer.BadParameter(f"this would forget {render.count_of(count)}; say --yes to do it unasked")
+                typer.confirm(f"Forget {render.count_of(count)} of {settings.namespace} for good?", abort=True, err=True)
+            counts = scope.forget(*named, session=whole_session, everything=everything)
     if json:
         render.print_json(counts)
     else:
         verb = "Would forget" if preview else "Forgot"
-        render.out().print(f"{verb} {counts['segments']} segments.")
+        render.out().print(f"{verb} {render.count_of(counts['segments'])}.")
 
 
 def export(
@@ -151,13 +154,13 @@ def export(
     JSON: {"segments": 12, "file": "backup.jsonl"}
     """
     with opened({"store": store, "namespace": namespace, "session": session}) as (_, scope, _):
-        count = scope.export(sys.stdout if file == "-" else file)  # type: ignore[arg-type]
+        count = scope.export(sys.stdout if file == "-" else file)
     if file == "-":
         return
     if json:
         render.print_json({"segments": count, "file": file})
     else:
-        render.out().print(f"Wrote {count} segments to {file}.")
+        render.out().print(render.plain(f"Wrote {render.count_of(count)} to {file}."), soft_wrap=True)
 
 
 def import_(
@@ -180,4 +183,4 @@ def import_(
     if json:
         render.print_json({"stored": stored, "already_there": known})
     else:
-        render.out().print(f"Stored {stored} segments" + (f"; {known} were already there." if known else "."))
+        render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))

@@ -56,7 +56,7 @@ def context(
         out = render.out()
         for message in chosen.messages:
             out.print(f"[bold]{message['role']}[/]")
-            out.print(message["content"], markup=False, soft_wrap=True)
+            out.print(render.printable(message["content"]), markup=False, soft_wrap=True)
             out.print()
         out.print(render.account_line(chosen.account))
         for note in chosen.trace.notes:
@@ -121,14 +121,12 @@ def why(
             render.print_json({"trace": trace_to_dict(trace), "finding": asdict(finding) if finding else None})
             return
         out = render.out()
-        out.print(
-            f"[bold]{render.snippet(trace.query, 200)}[/]" if "[" not in trace.query else trace.query, soft_wrap=True
-        )
+        out.print(render.plain(render.snippet(trace.query, 200), "bold"), soft_wrap=True)
         for note in render.trace_notes(trace):
             out.print(note, markup=False, soft_wrap=True)
         out.print(render.ledger_table(trace, scope.segment))
         if finding:
-            out.print(f"\n[bold]{finding.stage}[/]: {finding.sentence}", soft_wrap=True)
+            out.print(f"\n[bold]{finding.stage}[/]:", render.plain(finding.sentence), soft_wrap=True)
 
 
 def stats(json: Json = False, store: Store = None, namespace: Namespace = None) -> None:
@@ -138,8 +136,10 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
     JSON: segments, sessions, tokens, first, last, vectors, pending, traces, file, file_bytes, namespaces.
     """
+    from memory_os.config import format_labels
+
     with opened({"store": store, "namespace": namespace}) as (memory, scope, _):
-        counts = {**scope.stats(), "namespaces": ["/".join(labels) for labels in memory.namespaces()]}
+        counts = {**scope.stats(), "namespaces": [format_labels(labels) for labels in memory.namespaces()]}
     if json:
         render.print_json(counts)
         return

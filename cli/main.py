@@ -63,7 +63,10 @@ def run() -> None:
     from memory_os.errors import MemoryOSError
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a reader that is gone shows here, not when Python leaves
     except MemoryOSError as error:
         _say(f"Error: {error}")
         sys.exit(1)
@@ -72,6 +75,10 @@ def run() -> None:
     except BrokenPipeError:  # `memos history | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the same, met by typer, which would exit with 1
+            sys.exit(0)
+        raise
     except Exception as error:
         if os.environ.get("MEMOS_DEBUG"):
             raise

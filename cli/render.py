@@ -12,22 +12,34 @@ from memory_os.errors import UnknownNameError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from memory_os.types import Account, Context, Hit, Segment, Trace
 
 __all__ = [
     "account_line",
     "context_to_dict",
+    "count_of",
     "hits_table",
     "ledger_table",
     "out",
+    "pairs_table",
+    "plain",
     "print_json",
+    "printable",
     "segments_table",
+    "snippet",
     "talk",
     "trace_notes",
 ]
 
 PIPE_WIDTH = 160
+# What was stored, or what a model says, must not steer the terminal: an escape is shown, not obeyed.
+CONTROLS: dict[int, str | None] = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"},
+    **dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+    ord("\r"): None,
+}
 
 
 def out() -> Console:
@@ -50,6 +62,20 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2, default=str))
 
 
+def printable(text: str) -> str:
+    """The text as a terminal may have it; for a pipe, exactly as it is."""
+    return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
+def count_of(segments: int) -> str:
+    """A number of segments, in words.
+
+    >>> count_of(1), count_of(12)
+    ('1 segment', '12 segments')
+    """
+    return f"{segments} segment" if segments == 1 else f"{segments} segments"
+
+
 def snippet(text: str, length: int) -> str:
     """The beginning of a text on one line."""
     line = " ".join(text.split())
@@ -70,10 +96,11 @@ def _table(*columns: str | tuple[str, Mapping[str, Any]]) -> Table:
 RIGHT: Mapping[str, Any] = {"justify": "right", "no_wrap": True}
 
 
-def _plain(text: str) -> Any:
+def plain(text: str, style: str = "") -> Text:
+    """Text that is shown and nothing else: no markup, no escape."""
     from rich.text import Text
 
-    return Text(text)  # what users stored is never read as markup
+    return Text(text.translate(CONTROLS), style=style)
 
 
 def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
@@ -95,7 +122,7 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
         form = "" if entry.form in (None, "full") else f" as {entry.form}"
         table.add_row(
             f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}, {entry.reason}", str(entry.n_tokens),
-            f"{entry.score:.4f}", *signals, _plain(text),
+            f"{entry.score:.4f}", *signals, plain(text),
         )  # fmt: skip
     return table
 
@@ -105,7 +132,7 @@ def segments_table(segments: Sequence[Segment]) -> Table:
     table = _table(("seq", RIGHT), ("when", {"no_wrap": True}), "session", "who", "text")
     for segment in segments:
         when = segment.created_at.strftime("%Y-%m-%d %H:%M")
-        table.add_row(f"#{segment.seq}", when, _plain(segment.session), _plain(segment.who), _plain(segment.text))
+        table.add_row(f"#{segment.seq}", when, plain(segment.session), plain(segment.who), plain(segment.text))
     return table
 
 
@@ -117,7 +144,7 @@ def hits_table(hits: Sequence[Hit]) -> Table:
         signals = [f"{hit.signals[name]:.3f}" if name in hit.signals else "-" for name in names]
         segment = hit.segment
         table.add_row(
-            f"#{segment.seq}", f"{hit.score:.4f}", *signals, _plain(segment.who), _plain(snippet(segment.text, 200))
+            f"#{segment.seq}", f"{hit.score:.4f}", *signals, plain(segment.who), plain(snippet(segment.text, 200))
         )
     return table
 
@@ -126,7 +153,7 @@ def pairs_table(rows: Mapping[str, Sequence[str] | str], *columns: str) -> Table
     """Names and what belongs to them."""
     table = _table(*columns)
     for name, cells in rows.items():
-        table.add_row(name, *([_plain(cells)] if isinstance(cells, str) else [_plain(cell) for cell in cells]))
+        table.add_row(name, *([plain(cells)] if isinstance(cells, str) else [plain(cell) for cell in cells]))
     return table
 
 

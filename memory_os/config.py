@@ -6,8 +6,9 @@ The SDK reads none of this: ``Memory.open`` takes what it is given.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,31 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from memory_os.errors import ConfigError
 from memory_os.turn import Options
 
-__all__ = ["Origin", "Settings", "config_path", "load"]
+__all__ = ["Origin", "Settings", "config_path", "format_labels", "load", "parse_labels"]
 
 PREFIX = "MEMOS_"
 OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG"}
 DEFAULTS = Options()
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    r"""Give back the labels of a namespace written with ``/`` between them; ``\/`` is a slash, ``\\`` a backslash.
+
+    >>> parse_labels(r"acme/team a\/b")
+    ('acme', 'team a/b')
+    """
+    labels = [""]
+    for piece in re.split(r"(\\[\\/]|/)", text):
+        if piece == "/":
+            labels.append("")
+        else:
+            labels[-1] += piece[1] if piece in (r"\/", r"\\") else piece
+    return tuple(labels)
+
+
+def format_labels(labels: Iterable[str]) -> str:
+    """The labels as ``parse_labels`` reads them, so that what is shown can be typed."""
+    return "/".join(label.replace("\\", r"\\").replace("/", r"\/") for label in labels)
 
 
 class Settings(BaseSettings):
@@ -46,7 +67,7 @@ class Settings(BaseSettings):
     @property
     def labels(self) -> tuple[str, ...]:
         """The namespace's labels: ``acme/alice`` is two of them."""
-        return tuple(self.namespace.split("/"))
+        return parse_labels(self.namespace)
 
     @classmethod
     def settings_customise_sources(
@@ -85,10 +106,10 @@ def load(flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Origin]]:
         for name, value in given.items():
             if name not in Settings.model_fields:
                 known = ", ".join(Settings.model_fields)
-                raise ConfigError(f"{source}: {name!r} is not a setting; known: {known}")
+                raise ConfigError(f"{_place(source, name)}: {name!r} is not a setting; known: {known}")
             if value is not None:
                 values[name] = value
-                sources[name] = f"environment {PREFIX}{name.upper()}" if source == "environment" else source
+                sources[name] = _place(source, name)
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -98,6 +119,10 @@ def load(flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Origin]]:
     return settings, {
         name: Origin(getattr(settings, name), sources.get(name, "default")) for name in Settings.model_fields
     }
+
+
+def _place(source: str, name: str) -> str:
+    return f"environment {PREFIX}{name.upper()}" if source == "environment" else source
 
 
 def _environment() -> dict[str, str]:

@@ -38,14 +38,18 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
     moved = any(found[kind] for kind in ("index", "missing_vectors", "orphan_vectors", "pending_vectors"))
     done = 0
     for namespace in parts.store.namespaces():
-        base = done
         done += catch_up(
             parts.store,
             parts.embedder,
             namespace,
-            progress=(lambda n, base=base: progress(base + n)) if progress else None,  # type: ignore[misc]
+            progress=_from(done, progress),
         )
         if moved:
             parts.index.drop(namespace)
         parts.index.sync(namespace)
     return found
+
+
+def _from(base: int, progress: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    """Progress of one namespace as progress of all."""
+    return None if progress is None else lambda n: progress(base + n)

@@ -16,12 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from memory_os.derive import BATCH
 from memory_os.errors import InvalidInputError
 from memory_os.types import NewSegment, Role
 
-__all__ = ["FORMATS", "check_text", "parse_time", "read_segments", "with_keys"]
+__all__ = ["FORMATS", "batched", "check_text", "parse_time", "read_segments", "up_to_the_fault", "with_keys"]
+
+T = TypeVar("T")
 
 FORMATS = ("text", "markdown", "chat")
 MAX_PASSAGE_CHARS = 1200
@@ -103,6 +106,36 @@ def with_keys(segments: Iterable[NewSegment], source: str) -> Iterator[NewSegmen
         digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
         seen[digest] += 1
         yield replace(segment, source=source, key=f"{digest[:40]}.{seen[digest]}")
+
+
+def batched(items: Iterable[T]) -> Iterator[list[T]]:
+    """Batches of ``BATCH``; when ``items`` raises, what came before is still yielded first."""
+    batch: list[T] = []
+    iterator = iter(items)
+    failure: InvalidInputError | None = None
+    while True:
+        try:
+            batch.append(next(iterator))
+        except StopIteration:
+            break
+        except InvalidInputError as error:
+            failure = error
+            break
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+    if failure:
+        raise failure
+
+
+def up_to_the_fault(items: Iterable[T]) -> Iterator[list[T]]:
+    """The batches of ``items`` without the error that ends them; whoever reads them for good meets it again."""
+    try:
+        yield from batched(items)
+    except InvalidInputError:
+        return
 
 
 def read_segments(

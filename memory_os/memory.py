@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from memory_os.derive import catch_up
+from memory_os.derive import BATCH, catch_up
 from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
-from memory_os.ingest import check_text, parse_time, read_segments, with_keys
+from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.recall import recall
 from memory_os.trace import Finding, explain
-from memory_os.transfer import export_lines, parse_lines
+from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
 from memory_os.types import (
     Context,
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 
-T = TypeVar("T")
-
 DEFAULT_SESSION = "default"
-BATCH = 1024
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 
@@ -217,9 +214,9 @@ class Scope:
         """
         stored = known = total = 0
         if progress:
-            total = sum(len(batch) for batch in _up_to_the_fault(self._read(source, format, name, pick)))
+            total = sum(len(batch) for batch in up_to_the_fault(self._read(source, format, name, pick)))
             progress(stored, known, total)
-        for batch in _batched(self._read(source, format, name, pick)):
+        for batch in batched(self._read(source, format, name, pick)):
             new = self.add_many(batch)
             stored, known = stored + len(new), known + len(batch) - len(new)
             if progress:
@@ -270,7 +267,7 @@ class Scope:
         self._parts.index.sync(self.labels)
         return counts
 
-    def export(self, file: str | Path | io.TextIOBase) -> int:
+    def export(self, file: str | Path | IO[str]) -> int:
         """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
 
         Traces go with a whole namespace only. An existing file is replaced when the export is complete.
@@ -286,7 +283,7 @@ class Scope:
         traces: Iterable[Trace] = () if self.session_name else self._parts.store.traces(self.labels)
         lines = (line + "\n" for line in export_lines(counted(), traces))
         if isinstance(file, str | Path):
-            _replace_file(Path(file).expanduser(), lines)
+            replace_file(Path(file).expanduser(), lines)
         else:
             file.writelines(lines)
         return count
@@ -301,12 +298,12 @@ class Scope:
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
         """
         stored = known = 0
-        for batch in _batched(_records(file)):
+        for batch in batched(read_records(file)):
             new = self.add_many([record for record in batch if isinstance(record, NewSegment)])
             n_segments = 0
             for record in batch:
                 if isinstance(record, Trace):
-                    self._parts.store.save_trace(_moved(record, self.labels))
+                    self._parts.store.save_trace(replace(record, namespace=self.labels))
                 else:
                     n_segments += 1
             stored, known = stored + len(new), known + n_segments - len(new)
@@ -446,72 +443,3 @@ def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(dict(metadata), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"the metadata cannot be written as JSON: {error}") from error
-
-
-def _batched(items: Iterable[T]) -> Iterator[list[T]]:
-    """Batches of ``BATCH``; when ``items`` raises, what came before is still yielded first."""
-    batch: list[T] = []
-    iterator = iter(items)
-    failure: InvalidInputError | None = None
-    while True:
-        try:
-            batch.append(next(iterator))
-        except StopIteration:
-            break
-        except InvalidInputError as error:
-            failure = error
-            break
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-    if failure:
-        raise failure
-
-
-def _up_to_the_fault(items: Iterable[T]) -> Iterator[list[T]]:
-    """The batches of ``items`` without the error that ends them; whoever reads them for good meets it again."""
-    try:
-        yield from _batched(items)
-    except InvalidInputError:
-        return
-
-
-def _records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace]:
-    if not isinstance(file, str | Path):
-        yield from parse_lines(file, "-")
-        return
-    try:
-        with Path(file).expanduser().open(encoding="utf-8") as lines:
-            yield from parse_lines(lines, str(file))
-    except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=str(file)) from error
-
-
-def _moved(trace: Trace, namespace: Namespace) -> Trace:
-    from dataclasses import replace
-
-    return replace(trace, namespace=namespace)
-
-
-def _replace_file(path: Path, lines: Iterable[str]) -> None:
-    import os
-    import tempfile
-
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.name, delete=False
-        ) as file:
-            try:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise InvalidInputError(f"cannot write it: {error.strerror}", source=str(path)) from error

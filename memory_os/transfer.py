@@ -6,9 +6,12 @@ What is derived (vectors, lexical entries) is left out and made anew by the impo
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from memory_os.errors import InvalidInputError
@@ -16,7 +19,7 @@ from memory_os.ingest import check_text, parse_time
 from memory_os.trace import trace_from_dict, trace_to_dict
 from memory_os.types import NewSegment, Segment, Trace
 
-__all__ = ["HEADER", "export_lines", "parse_lines", "segment_to_dict"]
+__all__ = ["HEADER", "export_lines", "parse_lines", "read_records", "replace_file", "segment_to_dict"]
 
 HEADER = {"memory_os_export": 1}
 
@@ -83,3 +86,35 @@ def _segment(data: Mapping[str, Any], name: str, line: int) -> NewSegment:
         id=data["id"],
         seq=data["seq"],
     )
+
+
+def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace]:
+    """What an export holds, from a file or from its lines."""
+    if not isinstance(file, str | Path):
+        yield from parse_lines(file, "-")
+        return
+    try:
+        with Path(file).expanduser().open(encoding="utf-8") as lines:
+            yield from parse_lines(lines, str(file))
+    except OSError as error:
+        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=str(file)) from error
+
+
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write a file whole or not at all: what was there stays until the last line is on the disk."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.name, delete=False
+        ) as file:
+            try:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise InvalidInputError(f"cannot write it: {error.strerror}", source=str(path)) from error

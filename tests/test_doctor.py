@@ -6,7 +6,7 @@ import sqlite3
 import pytest
 
 from memory_os import Memory
-from memory_os.memory import BATCH
+from memory_os.derive import BATCH
 
 
 @pytest.fixture(params=["exact", "chroma"])
