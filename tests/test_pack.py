@@ -1,5 +1,6 @@
 """Packing: budgets are exact, order is chronological, every candidate is accounted for once, data stays data."""
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -93,8 +94,27 @@ def test_budget_order_and_ledger_hold_for_any_input(name, contents, dropped, shu
     assert seqs == sorted(seqs)
     inside = {e.segment_id for e in packed.ledger if e.action is not Action.DROPPED}
     assert inside == {s.id for s in packed.segments}
+    heads = re.findall(r"^\[#(\d+) ", packed.text, flags=re.MULTILINE)
+    assert [int(seq) for seq in heads] == seqs
     assert packed.text.count(CLOSE) == (1 if inside else 0)
     assert pack(frame, flash, candidates, decision) == packed
+
+
+class Growing(WordCounter):
+    """Lines cost more together than alone, as tokens can that do not merge across a line's end."""
+
+    def count_tokens(self, messages, tools=()):
+        return super().count_tokens(messages, tools) + 3 * sum(m["content"].count("\n[#") for m in messages)
+
+
+@pytest.mark.parametrize("limit", range(30, 120, 7))
+def test_the_whole_rendering_decides_where_costs_do_not_add_up(limit):
+    counter = Growing()
+    candidates = [candidate(seq, f"kite number {seq} flew", counter) for seq in range(1, 9)]
+    packed = pack(Frame("", "kite?", counter, limit), (), candidates, everything(candidates))
+    assert counter.count_tokens(packed.messages) == packed.account.total <= limit
+    ranks = [entry.rank for entry in packed.ledger if entry.action is Action.ACTIVATED]
+    assert ranks == list(range(1, len(ranks) + 1))  # it is the least wanted that had to go
 
 
 def test_smaller_items_behind_a_long_one_get_their_chance():
