@@ -128,7 +128,7 @@ def prepare(
     frame = Frame(parts.options.system, query, parts.counter, budget, reply_reserve, tools)
     frame.check()
     upto = asked.seq - 1 if asked else parts.store.last_seq(namespace)
-    notes = _visible_fallbacks(parts)
+    notes: list[str] = []
 
     # flash memory: always in, never recalled
     recent = parts.store.tail(namespace, parts.options.flash_turns, session=session, upto=upto) if session else []
@@ -176,7 +176,7 @@ def prepare(
         flash=tuple(segment.id for segment in flash),
         ledger=packed.ledger,
         account=packed.account,
-        notes=(*notes, *decision.notes),
+        notes=(*_visible_fallbacks(parts), *notes, *decision.notes),
         timings_ms=clock.timings,
         outcome=Outcome.CONTEXT,
     )
@@ -189,9 +189,9 @@ def _breadth(budget: int) -> int:
 
 
 def _visible_fallbacks(parts: Parts) -> list[str]:
-    if parts.counter.exact:
-        return []
-    return [f"token counts are an approximation: {parts.counter.name}"]
+    """What the parts do less well than their names say; models may tell by an attribute ``notes``."""
+    approximate = [] if parts.counter.exact else [f"token counts are an approximation: {parts.counter.name}"]
+    return [*approximate, *getattr(parts.llm, "notes", ()), *getattr(parts.embedder, "notes", ())]
 
 
 def run_turn(

@@ -244,6 +244,14 @@ def test_an_approximate_count_is_said_in_the_trace(path):
         assert "approximation" in context.trace.notes[0]
 
 
+def test_what_a_model_says_of_itself_is_in_the_trace(path):
+    class Modest(ScriptedLLM):
+        notes = ("the context window is assumed",)
+
+    with opened(path, Modest(["ok"])) as memory:
+        assert memory.namespace("a").chat("hello?").trace.notes == ("the context window is assumed",)
+
+
 def test_the_async_verbs_do_the_same(path):
     async def talk():
         async with AsyncMemory.open(path, llm=ScriptedLLM(lambda m: "one two three"), embedder="hash") as memory:
