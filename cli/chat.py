@@ -209,12 +209,17 @@ class Chat:
 
     def _memory(self, _: str) -> None:
         counts = self.scope.stats()
-        self._out.print(f"{render.count_of(counts['segments'])}, {counts['tokens']} tokens, of {counts['sessions']} sessions")
+        held = render.count_of(counts["segments"])
+        self._out.print(f"{held} in {counts['sessions']} sessions, {counts['tokens']} tokens")
         if self.last:
             self._out.print(render.plain(self.last.context.text or "The last answer needed nothing of it."))
 
     def _search(self, query: str) -> None:
-        self._out.print(render.hits_table(self.scope.search(query)))
+        hits = self.scope.search(query)
+        if hits:
+            self._out.print(render.hits_table(hits))
+        else:
+            self._note("nothing found")
 
     def _forget(self, ref: str) -> None:
         counts = self.scope.forget(*ref.split())

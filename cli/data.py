@@ -129,9 +129,10 @@ def forget(
             counts = {"segments": count}
         else:
             if not yes:
+                going = render.count_of(count)
                 if not sys.stdin.isatty():
-                    raise typer.BadParameter(f"this would forget {render.count_of(count)}; say --yes to do it unasked")
-                typer.confirm(f"Forget {render.count_of(count)} of {settings.namespace} for good?", abort=True, err=True)
+                    raise typer.BadParameter(f"this would forget {going}; say --yes to do it unasked")
+                typer.confirm(f"Forget {going} of {settings.namespace} for good?", abort=True, err=True)
             counts = scope.forget(*named, session=whole_session, everything=everything)
     if json:
         render.print_json(counts)

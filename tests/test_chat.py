@@ -56,7 +56,7 @@ def test_every_command_does_what_help_says(talk, tmp_path):
     out, err, scope = talk(
         "My cat is called Miso.", "/session other", "What is my cat called?", "/why", "/memory", "/budget",
         "/budget 300", "/search cat", f"/export {tmp_path / 'out.jsonl'}", "/forget 1", "/budget some", "/export",
-        "/nope", "/forget 77",
+        "/nope", "/forget 77", "/search", "/forget",
     )  # fmt: skip
     assert "activated, relevant" in out
     assert "My cat is called Miso." in out
@@ -65,9 +65,11 @@ def test_every_command_does_what_help_says(talk, tmp_path):
     assert "At most 300 tokens" in out
     assert "Session other." in out
     assert "Wrote 4 segments" in out
-    assert "Forgot 1 segments." in out
+    assert "Forgot 1 segment." in out
     assert "a budget is a number" in err
-    assert "name a file" in err
+    assert "name a file: /export FILE" in err
+    assert "say what to look for: /search QUERY" in err
+    assert "name a segment: /forget SEGMENT" in err
     assert "there is no /nope" in err
     assert "unknown segment '77'" in err
     assert [s.seq for s in scope.whole().history()] == [2, 3, 4]
@@ -105,6 +107,40 @@ def test_ctrl_c_in_mid_answer_keeps_what_was_said(talk):
     kept = scope.history()[-1]
     assert (kept.text, kept.metadata) == ("one two", {"outcome": "interrupted"})
     assert "interrupted, controller auto" in out
+
+
+class InterruptedLater(ScriptedLLM):
+    """Answers once, then is interrupted."""
+
+    def generate(self, messages, *, max_tokens, stop=()):
+        if messages[-1]["content"].endswith("first"):
+            yield "an answer"
+            return
+        yield "half"
+        raise KeyboardInterrupt
+
+
+def test_why_after_an_interruption_is_about_the_interrupted_answer(talk):
+    out, _, scope = talk("first", "second", "/why", llm=InterruptedLater([]))
+    trace, _ = scope.why()
+    assert trace.query == "second"
+    assert f"turn {trace.id}: interrupted" in out
+
+
+def test_json_of_an_interrupted_answer_leaves_stdout_clean(talk):
+    out, err, _ = talk("Count.", llm=Interrupted([]), json=True)
+    assert out == ""
+    assert "stopped" in err
+
+
+def test_ctrl_c_in_a_command_comes_back_to_the_prompt(talk, monkeypatch):
+    def hang(self, query):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "_search", hang)
+    out, err, _ = talk("/search cat", "hello")
+    assert "stopped" in err
+    assert out == "Noted.\n"
 
 
 def environment(tmp_path) -> dict[str, str]:

@@ -116,10 +116,10 @@ def test_export_and_import_move_a_namespace(memos, chat, tmp_path):
 
 
 def test_forget_asks_or_is_told(memos, chat):
-    assert memos("forget", 1, "--preview")[1] == "Would forget 1 segments.\n"
+    assert memos("forget", 1, "--preview")[1] == "Would forget 1 segment.\n"
     code, _, err = memos("forget", 1)
     assert (code, "--yes" in err) == (2, True)
-    assert memos("forget", 1, "--yes")[1] == "Forgot 1 segments.\n"
+    assert memos("forget", 1, "--yes")[1] == "Forgot 1 segment.\n"
     assert "Miso" not in memos("history")[1]
     assert memos("forget")[0] == 2
     assert json.loads(memos("forget", "--everything", "--yes", "--json")[1])["segments"] == 2
@@ -176,9 +176,55 @@ def test_a_mistake_is_one_clear_line_and_an_exit_code(memos, arguments, code, wo
     assert "Traceback" not in out + err
 
 
-def test_a_reader_that_goes_away_is_no_error(memos, chat, tmp_path):
-    environment = {"MEMOS_STORE": str(tmp_path / "memory.db"), "PATH": "/usr/bin:/bin"}
+@pytest.mark.parametrize("command", ["history -k 2000", "export -"])
+def test_a_reader_that_goes_away_is_no_error(memos, tmp_path, command):
+    text = tmp_path / "long.txt"  # more than a pipe holds, so that the writer is still at it
+    text.write_text("\n\n".join(f"{number} " + "words " * 180 for number in range(150)))
+    assert memos("ingest", text)[0] == 0
+    environment = {"MEMOS_STORE": str(tmp_path / "memory.db"), "MEMOS_EMBEDDER": "hash", "PATH": "/usr/bin:/bin"}
+    script = f"set -o pipefail; '{MEMOS}' {command} | head -1"
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_ctrl_c_outside_a_chat_is_exit_code_130(tmp_path):
+    environment = {"MEMOS_STORE": str(tmp_path / "memory.db"), "MEMOS_EMBEDDER": "hash", "PATH": ""}
+    script = "import os, signal, sys\nfrom memory_os.cli import main\n"
+    script += "main.sys.stdin = type('Stdin', (), {'__iter__': lambda self: os.kill(os.getpid(), signal.SIGINT)})()\n"
+    script += "sys.argv = ['memos', 'import', '-']\nmain.run()"
     result = subprocess.run(
-        f"'{MEMOS}' history | true", shell=True, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    assert result.stderr == ""
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("debug", "shown"), [("", False), ("1", True)])
+def test_a_bug_is_called_one_and_shows_where_only_when_asked(tmp_path, debug, shown):
+    script = "from memory_os.cli import main\nmain.app = lambda: 1 / 0\nmain.run()"
+    environment = {"MEMOS_DEBUG": debug, "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert ("Traceback" in result.stderr) is shown
+    assert ("This is a bug in memory_os" in result.stderr) is not shown
+
+
+def test_stored_text_and_names_are_neither_markup_nor_escapes(memos, chat, tmp_path, monkeypatch):
+    hostile = tmp_path / "hostile.json"
+    hostile.write_text(json.dumps([{"role": "user", "content": "[bold]x[/] \x1b[31m red \x1b]0;title\x07"}]))
+    assert memos("ingest", hostile, "-n", "hostile")[0] == 0
+    shown = memos("history", "-n", "hostile")[1] + memos("search", "red", "-n", "hostile")[1]
+    assert shown.count("[bold]x[/]") == 2
+    assert "\x1b" not in shown
+    assert "\x1b[31m" in json.loads(memos("history", "-n", "hostile", "--json")[1])[0]["text"]
+    monkeypatch.chdir(tmp_path)
+    assert memos("export", "[a].jsonl")[1] == "Wrote 3 segments to [a].jsonl.\n"
+
+
+def test_a_label_may_hold_a_slash(memos, chat):
+    memos("ingest", chat, "-n", r"acme/a\/b")
+    assert json.loads(memos("stats", "--json")[1])["namespaces"] == [r"acme/a\/b", "default"]
+    assert json.loads(memos("stats", "-n", r"acme/a\/b", "--json")[1])["segments"] == 3
+    assert json.loads(memos("stats", "-n", "acme/a/b", "--json")[1])["segments"] == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memory_os.config import config_path, load
+from memory_os.config import config_path, format_labels, load, parse_labels
 from memory_os.errors import ConfigError
 from memory_os.turn import Options
 
@@ -25,7 +25,7 @@ def test_flag_wins_over_environment_over_file_over_default(monkeypatch):
         ("bugdet = 3", {}, "'bugdet' is not a setting; known: .*budget"),
         ("budget = 'many'", {}, "file .*: budget = 'many': .*integer"),
         ("", {"MEMOS_BUDGET": "many"}, "environment MEMOS_BUDGET: budget = 'many'"),
-        ("", {"MEMOS_BUGDET": "3"}, "environment: 'bugdet' is not a setting"),
+        ("", {"MEMOS_BUGDET": "3"}, "environment MEMOS_BUGDET: 'bugdet' is not a setting"),
     ],
 )
 def test_a_mistake_names_its_place(monkeypatch, file, environment, words):
@@ -34,3 +34,15 @@ def test_a_mistake_names_its_place(monkeypatch, file, environment, words):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
         load({})
+
+
+@pytest.mark.parametrize(
+    "labels", [("default",), ("acme", "alice"), ("a/b",), ("a\\", "b"), ("\\/", "/\\"), ("C:\\memory", "猫"), ("", "")]
+)
+def test_any_label_can_be_written_in_a_namespace(labels):
+    assert parse_labels(format_labels(labels)) == labels
+
+
+def test_a_namespace_without_escapes_is_split_at_slashes():
+    settings, _ = load({"namespace": r"acme/team a\/b"})
+    assert settings.labels == ("acme", "team a/b")
