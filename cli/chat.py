@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from memory_os.cli import render
 from memory_os.cli.common import (
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from memory_os.types import Reply
 
 __all__ = ["Chat", "chat"]
+
+T = TypeVar("T")
 
 
 def chat(
@@ -94,6 +98,30 @@ def _edited_lines() -> Iterator[str]:
             return
 
 
+@contextmanager
+def _held_back(note: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block; a second one leaves the program at once.
+
+    Models are loaded inside: an import that is interrupted stays broken, and so would every later answer.
+    """
+    pressed = 0
+
+    def hold(*_: object) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            raise SystemExit(130)
+        note("stopping as soon as the model is loaded; Ctrl-C again leaves")
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 class Chat:
     """The conversation loop: lines in, replies out. A line that begins with ``/`` is a command.
 
@@ -120,6 +148,7 @@ class Chat:
         self.budget = budget
         self.json = json
         self.last: Reply | None = None
+        self._loaded = False
         self._out = render.out()
         self._talk = render.talk()
 
@@ -150,7 +179,8 @@ class Chat:
         self.last = None  # if this turn does not end well, /why must not show the one before it
         stream = self.scope.stream(text, budget=self.budget)
         try:
-            first = self._waiting(stream.__next__)
+            first = self._waiting(stream.__next__, loads=not self._loaded)
+            self._loaded = True
             if not self.json:
                 self._write(first)
             for piece in stream:
@@ -177,11 +207,10 @@ class Chat:
         else:
             self._write("\n")
 
-    def _waiting(self, first_piece: Callable[[], str]) -> str:
-        if not self._talk.is_terminal:
-            return first_piece()
-        with self._talk.status("thinking", spinner="dots"):
-            return first_piece()
+    def _waiting(self, work: Callable[[], T], *, loads: bool) -> T:
+        spinner = self._talk.status("thinking", spinner="dots") if self._talk.is_terminal else nullcontext()
+        with _held_back(self._note) if loads else nullcontext(), spinner:
+            return work()
 
     def _write(self, text: str) -> None:
         sys.stdout.write(render.printable(text))
@@ -215,7 +244,7 @@ class Chat:
             self._out.print(render.plain(self.last.context.text or "The last answer needed nothing of it."))
 
     def _search(self, query: str) -> None:
-        hits = self.scope.search(query)
+        hits = self._waiting(lambda: self.scope.search(query), loads=True)
         if hits:
             self._out.print(render.hits_table(hits))
         else:

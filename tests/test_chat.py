@@ -1,11 +1,14 @@
 """``memos chat``: replies, commands, interruption, and being remembered by the next process."""
 
+import fcntl
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -143,6 +146,34 @@ def test_ctrl_c_in_a_command_comes_back_to_the_prompt(talk, monkeypatch):
     assert out == "Noted.\n"
 
 
+def test_ctrl_c_while_the_model_loads_waits_until_it_is_loaded(talk):
+    done = []
+
+    def loading(messages):
+        if not done:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append("loaded")  # not reached if the signal had struck above
+        return "Here."
+
+    out, err, scope = talk("first", "second", reply=loading)
+    assert done == ["loaded", "loaded"]
+    assert "stopping as soon as the model is loaded" in err
+    assert out == "\nHere.\n"
+    assert [s.text for s in scope.history()] == ["first", "Here.", "second", "Here."]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_while_the_model_loads_leaves(talk):
+    def loading(messages):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return "never"
+
+    with pytest.raises(SystemExit) as end:
+        talk("first", reply=loading)
+    assert end.value.code == 130
+
+
 def environment(tmp_path) -> dict[str, str]:
     cache = {name: os.environ[name] for name in ("MEMOS_CACHE_DIR", "HOME") if name in os.environ}
     return {
@@ -169,34 +200,70 @@ def test_the_next_process_remembers(tmp_path):
     assert "Traceback" not in second.stderr
 
 
+class Terminal:
+    """``memos chat`` at a terminal, as a person has it."""
+
+    def __init__(self, tmp_path):
+        self.leader, follower = pty.openpty()
+        self.process = subprocess.Popen(
+            [MEMOS, "chat"], stdin=follower, stdout=follower, stderr=follower, env=environment(tmp_path),
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(follower)
+        self.seen = ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.leader, keys)
+
+    def until(self, words: str) -> None:
+        end = time.monotonic() + 120
+        while words not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.leader], [], [], 1)[0]:
+                self.seen += os.read(self.leader, 4096).decode(errors="replace")
+                if "\x1b[6n" in self.seen:  # the editor asks where the cursor is; a real terminal answers
+                    self.seen = self.seen.replace("\x1b[6n", "")
+                    self.type(b"\x1b[1;1R")
+        self.seen = self.seen.split(words, 1)[1]
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    terminal = Terminal(tmp_path)
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.leader)
+
+
 @pytest.mark.slow
-def test_a_terminal_gets_a_prompt_and_ctrl_c_and_ctrl_d_do_what_they_should(tmp_path):
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [MEMOS, "chat"], stdin=follower, stdout=follower, stderr=follower, env=environment(tmp_path), close_fds=True
-    )
-    os.close(follower)
-    seen = ""
+def test_a_terminal_gets_a_prompt_and_ctrl_c_and_ctrl_d_do_what_they_should(terminal):
+    terminal.until("/help lists commands")
+    terminal.until("you>")
+    terminal.type(b"half a line\x03")
+    terminal.until("you>")
+    terminal.type(b"/session\r")
+    terminal.until("Session default.")
+    terminal.until("you>")
+    terminal.type(b"\x04")
+    assert terminal.process.wait(timeout=30) == 0
 
-    def until(words: str) -> None:
-        nonlocal seen
-        end = time.monotonic() + 60
-        while words not in seen:
-            assert time.monotonic() < end, seen
-            if select.select([leader], [], [], 1)[0]:
-                seen += os.read(leader, 4096).decode(errors="replace")
-                if "\x1b[6n" in seen:  # the editor asks where the cursor is; a real terminal answers
-                    seen = seen.replace("\x1b[6n", "")
-                    os.write(leader, b"\x1b[1;1R")
-        seen = seen.split(words, 1)[1]
 
-    until("/help lists commands")
-    until("you>")
-    os.write(leader, b"half a line\x03")
-    until("you>")
-    os.write(leader, b"/session\r")
-    until("Session default.")
-    until("you>")
-    os.write(leader, b"\x04")
-    assert process.wait(timeout=30) == 0
-    os.close(leader)
+@pytest.mark.slow
+def test_ctrl_c_while_libraries_are_imported_breaks_no_later_answer(terminal, tmp_path):
+    terminal.until("you>")
+    terminal.type(b"My cat is called Miso.\r")
+    terminal.until("thinking")
+    time.sleep(1)  # in the middle of importing torch and transformers
+    terminal.type(b"\x03")
+    terminal.until("stopping as soon as the model is loaded")
+    terminal.until("stopped")
+    terminal.until("you>")
+    terminal.type(b"And hers is called Taro.\r")
+    terminal.until("thinking")
+    terminal.until("you>")
+    terminal.type(b"/quit\r")
+    assert terminal.process.wait(timeout=30) == 0
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        trace, _ = memory.namespace("default").why()
+    assert (trace.query, trace.outcome) == ("And hers is called Taro.", "answered")
