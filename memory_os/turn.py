@@ -230,8 +230,9 @@ def run_turn(
     pieces: list[str] = []
     outcome, error = Outcome.INTERRUPTED, None
     said: Segment | None = None
+    speaking = llm.generate(context.messages, max_tokens=reply_tokens, stop=stop)
     try:
-        for piece in llm.generate(context.messages, max_tokens=reply_tokens, stop=stop):
+        for piece in speaking:
             pieces.append(piece)
             yield piece
         outcome = Outcome.ANSWERED
@@ -239,6 +240,8 @@ def run_turn(
         outcome, error = Outcome.FAILED, failure.problem if isinstance(failure, LLMError) else repr(failure)
         raise LLMError(llm.name, error, context.trace.id) from failure
     finally:
+        if isinstance(speaking, Generator):
+            speaking.close()  # an interrupted model stops now, not when it is garbage
         clock.lap("generate")
         # 6 record the reply and the trace, also when generation failed or was interrupted
         text = "".join(pieces)

@@ -94,6 +94,23 @@ def test_an_interrupted_reply_is_kept_and_marked(path):
             _ = stream.reply
 
 
+def test_an_interrupted_model_has_stopped_before_the_turn_is_recorded(path):
+    ended = []
+
+    class Closing(ScriptedLLM):
+        def generate(self, messages, *, max_tokens, stop=()):
+            try:
+                yield from ("one ", "two ")
+            finally:
+                ended.append(len(memory.namespace("a").history()))
+
+    with opened(path, Closing([])) as memory:
+        stream = memory.namespace("a").stream("Count.")
+        next(stream)
+        stream.close()
+        assert ended == [1]  # the question alone
+
+
 def test_flash_memory_is_always_in_and_never_recalled(path):
     llm = ScriptedLLM(lambda messages: "Yes.")
     with opened(path, llm) as memory:
