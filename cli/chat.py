@@ -134,7 +134,7 @@ class Chat:
         "memory": "         what is remembered, and what the last answer was shown of it",
         "search": "QUERY    find segments",
         "forget": "SEGMENT  delete a segment, by its number or id",
-        "budget": "[N]      show the tokens of the last prompt by part, or set the most for the next",
+        "budget": "[N]      show the tokens of the last prompt by part, or set a new limit",
         "session": "[NAME]   show the session's name, or go on in another one",
         "export": "FILE     write the namespace as JSONL",
         "help": "         this list",

@@ -185,7 +185,7 @@ def prepare(
 
 def _breadth(budget: int) -> int:
     """How many candidates each signal offers: somewhat more turns of common length than the budget could hold."""
-    return max(24, min(256, budget // 32))
+    return max(24, min(256, budget // 40))
 
 
 def _visible_fallbacks(parts: Parts) -> list[str]:
