@@ -29,7 +29,12 @@ __all__ = [
 Store = Annotated[str | None, typer.Option("--store", help="The database file.", rich_help_panel="Settings")]
 Namespace = Annotated[
     str | None,
-    typer.Option("--namespace", "-n", help="Whose memory: labels with / between them.", rich_help_panel="Settings"),
+    typer.Option(
+        "--namespace",
+        "-n",
+        help=r"Whose memory: labels with / between them, \/ within one.",
+        rich_help_panel="Settings",
+    ),
 ]
 Session = Annotated[
     str | None, typer.Option("--session", "-s", help="One conversation in it.", rich_help_panel="Settings")
@@ -62,21 +67,20 @@ def opened(flags: Mapping[str, Any], *, llm: bool = False) -> Iterator[tuple[Mem
     :param flags: settings given on the command line, ``None`` for those that were not.
     :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
     """
+    from memory_os.build import tokenizer_of
     from memory_os.config import load
     from memory_os.memory import Memory
 
     settings, origins = load(flags)
     if origins["store"].source == "default":
         settings.store.parent.mkdir(parents=True, exist_ok=True)
-    local = settings.llm == "smollm2" or settings.llm.startswith("hf:")
-    counted = settings.llm if local else settings.llm.partition(":")[2]
     with Memory.open(
         settings.store,
         llm=settings.llm if llm else None,
         embedder=settings.embedder,
         vectors=settings.vectors,
         controller=settings.controller,
-        tokenizer=settings.tokenizer or (None if llm else counted),
+        tokenizer=settings.tokenizer or (None if llm else tokenizer_of(settings.llm)),
         budget=settings.budget,
         reply_tokens=settings.reply_tokens,
         flash_turns=settings.flash_turns,

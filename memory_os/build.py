@@ -12,7 +12,7 @@ from memory_os.turn import Options, Parts
 if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
 
-__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts"]
+__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts", "tokenizer_of"]
 
 
 def _auto(options: Mapping[str, Any]) -> Controller:
@@ -142,9 +142,25 @@ def _llm(name: str) -> LLM:
         from memory_os.adapters.langchain import LangChainLLM
 
         return LangChainLLM.from_string(name)
-    raise UnknownNameError(
-        "LLM", name, ["smollm2"], "or hf:NAME for a transformers model or folder, or provider:model through LangChain"
-    )
+    raise _unknown_llm(name)
+
+
+def tokenizer_of(llm: str) -> str:
+    """The name by which an LLM's tokens are counted without making the LLM: a name for ``Memory.open(tokenizer=)``.
+
+    :raises UnknownNameError: for a name that is no LLM's.
+    """
+    if llm == "smollm2" or llm.startswith("hf:"):
+        return llm
+    provider, colon, model = llm.partition(":")
+    if not (provider and colon and model):
+        raise _unknown_llm(llm)
+    return model
+
+
+def _unknown_llm(name: str) -> UnknownNameError:
+    hint = "or hf:NAME for a transformers model or folder, or provider:model through LangChain"
+    return UnknownNameError("LLM", name, ["smollm2"], hint)
 
 
 def _counter(tokenizer: str | TokenCounter | None, llm: LLM | None) -> TokenCounter:

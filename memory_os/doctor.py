@@ -22,7 +22,7 @@ def check(parts: Parts) -> dict[str, list[str]]:
 
 def _index_strays(parts: Parts) -> list[str]:
     strays: set[str] = set()
-    for namespace in parts.store.namespaces():
+    for namespace in parts.store.namespaces(emptied=True):
         held = parts.index.ids(namespace)
         strays |= held - set(parts.store.get(namespace, held))
     return sorted(strays)
@@ -37,7 +37,7 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
     found["index"] = len(_index_strays(parts))
     moved = any(found[kind] for kind in ("index", "missing_vectors", "orphan_vectors", "pending_vectors"))
     done = 0
-    for namespace in parts.store.namespaces():
+    for namespace in parts.store.namespaces(emptied=True):
         done += catch_up(
             parts.store,
             parts.embedder,

@@ -175,8 +175,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def last_seq(self, namespace: Namespace) -> int:
         """The highest ``seq`` ever given in the namespace; 0 if it is empty."""
 
-    def namespaces(self) -> list[Namespace]:
-        """All that hold anything."""
+    def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
+        """All that hold anything; with ``emptied`` also those that held something once."""
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
         """Delete segments with their vectors, lexical entries, pending work and traces; counts by place."""

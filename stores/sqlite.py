@@ -184,10 +184,10 @@ class SqliteStore:
             query = select(namespaces.c.last_seq).where(namespaces.c.labels == as_labels(namespace))
             return connection.execute(query).scalar_one_or_none() or 0
 
-    def namespaces(self) -> list[Namespace]:
-        """All that hold anything, in alphabetical order."""
+    def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
+        """All that hold anything, in alphabetical order; with ``emptied`` also those that held something once."""
         with self.database.read() as connection:
-            query = select(namespaces.c.labels).where(namespaces.c.n_segments > 0)
+            query = select(namespaces.c.labels).where(sa.or_(namespaces.c.n_segments > 0, sa.literal(emptied)))
             return sorted(tuple(json.loads(labels)) for labels in connection.execute(query).scalars())
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:

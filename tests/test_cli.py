@@ -158,6 +158,7 @@ def test_config_tells_where_each_value_comes_from(memos, monkeypatch):
         (["search", "x", "--vectors", "faiss"], 1, "known: chroma, exact"),
         (["context", "x", "--controller", "nope"], 1, "known: auto, recency"),
         (["chat", "--llm", "nope"], 1, "unknown LLM 'nope'"),
+        (["context", "x", "--llm", "nope", "--tokenizer", ""], 1, "unknown LLM 'nope'"),
         (["search", "x", "--store", "/no/such/folder/m.db"], 1, "create it first"),
         (["ingest", "/no/such/file"], 1, "No such file"),
         (["forget", "99", "--yes"], 1, "unknown segment '99'"),

@@ -67,6 +67,18 @@ def test_a_stray_in_the_index_is_found_and_mended(tmp_path):
         assert not any(memory.check().values())
 
 
+def test_a_stray_of_an_emptied_namespace_is_found_and_mended(tmp_path):
+    with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="chroma") as memory:
+        segment = memory.namespace("a").add("kite")
+        memory.parts.index.sync(("a",))
+    with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="exact") as memory:
+        memory.namespace("a").forget(everything=True)
+    with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="chroma") as memory:
+        assert memory.check()["index"] == [segment.id]
+        memory.repair()
+        assert not any(memory.check().values())
+
+
 def test_an_interrupted_ingest_is_finished(tmp_path):
     lines = [json.dumps({"role": "user", "content": f"kite {i}"}) for i in range(BATCH + 44)]
     file = tmp_path / "c.jsonl"
