@@ -18,15 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.huggingface import cpu_has_bfloat16, package_file, quiet_transformers, torch_dtype
 from memory_os.errors import UnknownNameError
+from memory_os.lexical import STOP_WORDS
+from memory_os.protocols import TokenQuery
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from memory_os.protocols import Matrix, Vector
 
 __all__ = ["SentenceTransformerEmbedder"]
 
 TOKENS_PER_TEXT = 64  # about twice an ordinary turn: a batch holds batch_size times as many tokens
+TOKEN_DIMENSION = 64
 PLAIN = ("Transformer", "Pooling", "Normalize")
 
 
@@ -83,6 +88,30 @@ class SentenceTransformerEmbedder:
             )
         )
 
+    def embed_documents_by_token(self, texts: Sequence[str]) -> tuple[Matrix, list[bytes]]:
+        """``embed_documents``, and the token vectors of the same pass; none where the model does not run the fast way.
+
+        Tokens of stop words and of punctuation are left out, and the others projected to ``token_dimension``.
+        """
+        _, fast = self._model()
+        if fast is None or not texts:
+            return self.embed_documents(texts), [b""] * len(texts)
+        return fast.embed_by_token(texts, self._batch_size * TOKENS_PER_TEXT)
+
+    def embed_query_by_token(self, text: str) -> TokenQuery:
+        """``embed_query``, with the vectors of its tokens."""
+        _, fast = self._model()
+        if fast is None:
+            vector = self.embed_query(text)
+            return TokenQuery(vector, vector[:0].reshape(0, 1), ())
+        with _one_thread():
+            return fast.query_by_token(text)
+
+    @property
+    def token_dimension(self) -> int:
+        """Length of a token's vector; 0 where the model does not run the fast way."""
+        return TOKEN_DIMENSION if self._model()[1] else 0
+
     def embed_query(self, text: str) -> Vector:
         """The unit vector of a question."""
         model, fast = self._model()
@@ -124,7 +153,7 @@ class SentenceTransformerEmbedder:
         if reason := _why_not_flat(model):
             self._notes = (f"{self.name} runs through SentenceTransformer.encode: {reason}",)
             return model, None
-        fast = _FlatBert(model)
+        fast = _FlatBert(model, _projection(self.name, model[0].auto_model.config.hidden_size))
         probe = ["A short text.", "Another one, which is longer than the first, so that the two differ in length."]
         ours, theirs = (
             fast.embed(probe, 1024),
@@ -157,7 +186,7 @@ def _one_thread() -> Iterator[None]:
 class _FlatBert:
     """BERT's forward pass over the tokens of many texts in one row, and the mean of each text."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projection: Matrix) -> None:
         import torch
 
         self.tokenizer = model.tokenizer
@@ -178,29 +207,88 @@ class _FlatBert:
             linears = [_Linear(weight, bias), *(_Linear(each.weight, each.bias) for each in dense)]
             self.packed &= all(linear.packed for linear in linears)
             self.layers.append((*linears, out.LayerNorm, layer.output.LayerNorm))
+        self.meaning = _carries_meaning(model.tokenizer, len(self.words))
+        self.projection = torch.from_numpy(projection)
 
     def embed(self, texts: Sequence[str], batch_tokens: int) -> Matrix:
         """Unit vectors of the texts, in their order."""
         import numpy as np
         import torch
 
-        ids = self.tokenizer(
-            list(texts),
+        ids = self._tokens(list(texts))["input_ids"]
+        vectors = np.empty((len(texts), self.words.shape[1]), dtype=np.float32)
+        with torch.inference_mode():
+            for batch in _batches([len(each) for each in ids], batch_tokens):
+                vectors[batch] = self._means(*self._states([ids[i] for i in batch]))
+        return vectors
+
+    def embed_by_token(self, texts: Sequence[str], batch_tokens: int) -> tuple[Matrix, list[bytes]]:
+        """``embed``, and the projected vectors of the tokens that carry meaning, as int8, text by text."""
+        import numpy as np
+        import torch
+
+        ids = self._tokens(list(texts))["input_ids"]
+        vectors = np.empty((len(texts), self.words.shape[1]), dtype=np.float32)
+        tokens = [b""] * len(texts)
+        with torch.inference_mode():
+            for batch in _batches([len(each) for each in ids], batch_tokens):
+                inside = [ids[i] for i in batch]
+                states, groups = self._states(inside)
+                vectors[batch] = self._means(states, groups)
+                kept = self.meaning[np.concatenate([np.asarray(each) for each in inside])]
+                # in torch to the end: its threads still spin, and NumPy's would have to share the cores with them
+                small = states.float() @ self.projection
+                codes = (small * (127.0 / small.abs().amax(dim=1, keepdim=True).clamp(min=1e-9))).round()
+                found = codes.to(torch.int8)[torch.from_numpy(kept)].numpy()
+                ends = np.cumsum(kept)[np.cumsum([len(each) for each in inside]) - 1]
+                for i, start, end in zip(batch, [0, *ends[:-1]], ends, strict=True):
+                    tokens[i] = found[start:end].tobytes()
+        return vectors, tokens
+
+    def query_by_token(self, text: str) -> TokenQuery:
+        """The text's vector and those of its tokens that carry meaning; of all, if none does."""
+        import numpy as np
+        import torch
+
+        encoded = self._tokens([text], return_offsets_mapping=True)
+        ids = np.asarray(encoded["input_ids"][0])
+        kept = self.meaning[ids]
+        if not kept.any():
+            kept = ~np.isin(ids, self.tokenizer.all_special_ids)
+        with torch.inference_mode():
+            states, groups = self._states([ids.tolist()])
+            vector = self._means(states, groups)[0]
+            small = (states.float() @ self.projection).numpy()[kept]
+        small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-9)
+        spans = [span for span, keep in zip(encoded["offset_mapping"][0], kept, strict=True) if keep]
+        return TokenQuery(vector, small, tuple((int(start), int(end)) for start, end in spans))
+
+    def _tokens(self, texts: list[str], **options: bool) -> Any:
+        return self.tokenizer(
+            texts,
             truncation=True,
             max_length=self.max_tokens,
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]
-        vectors = np.empty((len(texts), self.words.shape[1]), dtype=np.float32)
-        with torch.inference_mode():
-            for batch in _batches([len(each) for each in ids], batch_tokens):
-                means = self._means([ids[i] for i in batch])
-                vectors[batch] = torch.nn.functional.normalize(means, dim=1).numpy()
-        return vectors
+            **options,
+        )
 
-    def _means(self, texts: list[list[int]]) -> torch.Tensor:
-        """The mean of each text's last hidden states, float32; texts of one length are neighbours."""
+    @staticmethod
+    def _means(states: torch.Tensor, groups: list[tuple[int, int]]) -> Matrix:
+        """The unit mean of each text's last hidden states, ``[texts, hidden]``."""
+        import torch
+
+        parts = zip(groups, states.float().split([length * count for length, count in groups]), strict=True)
+        means = torch.cat([part.view(count, length, -1).mean(1) for (length, count), part in parts])
+        matrix: Matrix = torch.nn.functional.normalize(means, dim=1).numpy()
+        return matrix
+
+    def _states(self, texts: list[list[int]]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """The last hidden states, ``[tokens, hidden]``, and ``(length, count)`` of each run of texts of one length.
+
+        Texts of one length must be neighbours.
+        """
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -216,8 +304,7 @@ class _FlatBert:
                 mixed.append(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(length * count, -1))
             x = norm_1(out.plus(torch.cat(mixed), x))
             x = norm_2(narrow.plus(widen.gelu(x), x))
-        parts = zip(groups, x.float().split(sizes), strict=True)
-        return torch.cat([part.view(count, length, -1).mean(1) for (length, count), part in parts])
+        return x, groups
 
 
 class _Linear:
@@ -293,6 +380,33 @@ def _why_not_flat(model: Any) -> str:
     return ""
 
 
+def _carries_meaning(tokenizer: Any, n_words: int) -> NDArray[np.bool_]:
+    """For every token of the vocabulary whether it is neither special, nor punctuation, nor a stop word."""
+    import numpy as np
+
+    kept = np.zeros(n_words, dtype=bool)
+    for token, i in tokenizer.get_vocab().items():
+        word = token.removeprefix("##").lower()
+        kept[i] = any(ch.isalnum() for ch in word) and (word != token or word not in STOP_WORDS)
+    kept[tokenizer.all_special_ids] = False
+    return kept
+
+
+def _projection(name: str, hidden: int) -> Matrix:
+    """What token vectors are made shorter by, ``[hidden, TOKEN_DIMENSION]``.
+
+    For MiniLM the directions in which the tokens of real conversations vary most (benchmarks/train_recall.py finds
+    them); for other models random orthogonal ones, which keep angles nearly (Johnson and Lindenstrauss 1984).
+    """
+    import numpy as np
+
+    if name == "minilm":
+        matrix: Matrix = np.load(Path(__file__).with_name("minilm_tokens.npy")).astype(np.float32)
+        return matrix
+    random = np.random.default_rng(0).standard_normal((hidden, min(TOKEN_DIMENSION, hidden)))
+    return np.linalg.qr(random)[0].astype(np.float32)
+
+
 def _fingerprint(name: str, folder: Path) -> str:
     """The model's name with a digest of its configuration files and the size of its weights.
 
@@ -306,6 +420,7 @@ def _fingerprint(name: str, folder: Path) -> str:
         if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(path.read_bytes() if path.suffix == ".json" else str(path.stat().st_size).encode())
+    digest.update(b"tokens 1")  # how token vectors are made
     return f"{folder.name if name != 'minilm' else name}:{digest.hexdigest()[:16]}"
 
 

@@ -1,34 +1,84 @@
-"""``auto``, the default: everything recall offers that is not plainly unrelated, best first. No LLM call."""
+"""``auto``, the default: the most relevant for its price first, until the budget is full. No LLM call."""
 
 from __future__ import annotations
 
-from memory_os.protocols import MemoryView
-from memory_os.types import Choice, Decision, Form, Reason
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
 
-__all__ = ["AutoController"]
+from memory_os.protocols import MemoryView
+from memory_os.recall import learned
+from memory_os.types import Candidate, Choice, Decision, Form, Reason, Segment
+
+__all__ = ["AutoController", "confidence", "statement"]
+
+FILLERS = frozenset("a an the just really very so well oh ok okay hey hi yes yeah wow thanks".split())
 
 
 class AutoController:
-    """Activates candidates in the order of their fused score until the budget is full.
+    """Activates candidates in the order of relevance per token, each statement once.
 
-    :param min_dense: a candidate that shares no word with the query must have at least this cosine to it. For
-        MiniLM, unrelated turns lie around 0.0 to 0.2.
+    :param abstain: activate nothing when the confidence that anything remembered is about the query is below this;
+        0 turns it off. The default lets through 99 of 100 answerable questions of the conversations that it was
+        calibrated on.
+    :param price: how much a token counts against relevance: 0 is relevance alone. By default as learned.
     """
 
     name = "auto"
     needs: tuple[type, ...] = ()
 
-    def __init__(self, *, min_dense: float = 0.15) -> None:
-        self.min_dense = min_dense
+    def __init__(self, *, abstain: float | None = None, price: float | None = None) -> None:
+        self.abstain = learned()["abstention"]["threshold"] if abstain is None else abstain
+        self.price = learned()["price"] if price is None else price
 
     def decide(self, query: str, memory: MemoryView, budget: int) -> Decision:
-        """One verdict per candidate, in the order of their scores."""
-        choices = []
-        for candidate in memory.candidates:
-            strong = "lexical" in candidate.signals or candidate.signals.get("dense", 0.0) >= self.min_dense
-            choices.append(
-                Choice(candidate.segment.id, Form.FULL, Reason.RELEVANT)
-                if strong
-                else Choice(candidate.segment.id, None, Reason.WEAK)
+        """One verdict per candidate, the most wanted first."""
+        wanted = sorted(memory.candidates, key=lambda c: (-self._worth(c), c.segment.seq))
+        sure = confidence(memory.candidates)
+        if sure is not None and sure < self.abstain:
+            choices = tuple(Choice(c.segment.id, None, Reason.UNRELATED) for c in wanted)
+            return Decision(choices, (f"nothing was activated: confidence {sure:.2f} is below {self.abstain:.2f}",))
+        said = {c.segment.id: statement(c.segment.who, c.segment.text) for c in wanted}
+        newest: dict[tuple[str, ...], Segment] = {}
+        for candidate in wanted:
+            known = newest.setdefault(said[candidate.segment.id], candidate.segment)
+            if known.seq < candidate.segment.seq:
+                newest[said[candidate.segment.id]] = candidate.segment
+        # the newest of several that say the same takes the best place among them
+        placed = dict.fromkeys(newest[key].id for key in said.values())
+        repeats = [id_ for id_ in said if id_ not in placed]
+        ordered = [*placed, *repeats]
+        return Decision(
+            tuple(
+                Choice(id_, None, Reason.REPEATED) if id_ not in placed else Choice(id_, Form.FULL, Reason.RELEVANT)
+                for id_ in ordered
             )
-        return Decision(tuple(choices))
+        )
+
+    def _worth(self, candidate: Candidate) -> float:
+        if not candidate.contributions:  # fused ranks have no price
+            return candidate.score
+        return candidate.score - self.price * math.log(candidate.n_tokens)
+
+
+def confidence(candidates: Sequence[Candidate]) -> float | None:
+    """How sure it is that something remembered is about the query: a logistic model of the best signals, in 0 to 1.
+
+    ``None`` where the signals that it was calibrated on are not there.
+    """
+    model = learned()["abstention"]["weights"]
+    if not candidates or any(name not in candidates[0].signals for name in model if name != "constant"):
+        return None
+    best = {name: max(c.signals[name] for c in candidates) for name in model if name != "constant"}
+    return 1.0 / (1.0 + math.exp(-model["constant"] - sum(model[name] * value for name, value in best.items())))
+
+
+@lru_cache(maxsize=20_000)
+def statement(who: str, text: str) -> tuple[str, ...]:
+    """What two segments share that say the same: the speaker, and the words in order but for case and fillers.
+
+    No other word is left out: "I like him" and "I like her" are two statements, as are "by bus" and "not by bus".
+    """
+    words = re.findall(r"[\w'’]+", text.casefold())
+    return (who, *([word for word in words if word not in FILLERS] or words))

@@ -11,7 +11,6 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from memory_os.derive import BATCH, catch_up
 from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
-from memory_os.recall import recall
 from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
@@ -344,7 +343,7 @@ class Scope:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
         catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
-        return recall(parts.store, parts.index, parts.embedder, self.labels, query, k=k)[:k]
+        return parts.recall(self.labels, query, k=k).hits
 
     def why(self, turn: str | int | None = None, *, expect: str | int | None = None) -> tuple[Trace, Finding | None]:
         """The trace of a turn, and where an expected segment was lost.

@@ -8,7 +8,8 @@ called from any thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from memory_os.types import Candidate, Decision, Message, Namespace, NewSegment, Segment, Trace
 
@@ -28,9 +29,13 @@ __all__ = [
     "Embedder",
     "LexicalIndex",
     "MemoryView",
+    "Profile",
     "RecordStore",
     "ScoringLLM",
+    "State",
     "TokenCounter",
+    "TokenEmbedder",
+    "TokenQuery",
     "VectorIndex",
     "VectorSource",
 ]
@@ -109,6 +114,38 @@ class Embedder(Protocol):
         """Vector of a question, shape ``[dimension]``."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenQuery:
+    """A question as late interaction needs it.
+
+    :param vector: as ``Embedder.embed_query`` gives it.
+    :param tokens: unit vectors of the tokens that carry meaning, ``[n, token_dimension]``.
+    :param spans: where each of them stands in the text, as character offsets.
+    """
+
+    vector: Vector
+    tokens: Matrix
+    spans: tuple[tuple[int, int], ...]
+
+
+@runtime_checkable
+class TokenEmbedder(Protocol):
+    """An embedder that also gives a vector for every token that carries meaning, for late interaction.
+
+    A stored token vector is int8, its direction alone means something; ``token_dimension`` bytes each.
+    """
+
+    @property
+    def token_dimension(self) -> int:
+        """Length of a token's vector; 0 where this model gives none."""
+
+    def embed_documents_by_token(self, texts: Sequence[str]) -> tuple[Matrix, list[bytes]]:
+        """``embed_documents``, and each text's token vectors, ``[n, token_dimension]`` int8 in C order."""
+
+    def embed_query_by_token(self, text: str) -> TokenQuery:
+        """``embed_query``, with the vectors of its tokens."""
+
+
 class VectorSource(Protocol):
     """Where a vector index reads the rows that it is a projection of."""
 
@@ -129,6 +166,9 @@ class VectorIndex(Protocol):
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` among segments with ``seq <= upto``."""
 
+    def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
+        """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
+
     def ids(self, namespace: Namespace) -> set[str]:
         """What the index holds now, without bringing it up to date first; for verification."""
 
@@ -147,6 +187,44 @@ class LexicalIndex(Protocol):
 
     def search(self, namespace: Namespace, text: str, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, score)`` among segments with ``seq <= upto``."""
+
+
+class State(NamedTuple):
+    """Where a namespace stands.
+
+    :param epoch: changes when rows went away or were replaced.
+    :param last_seq: the highest ``seq`` ever given.
+    :param last_segment: grows when segments are added.
+    :param last_vector: grows when vectors under the fingerprint are added.
+    :param n_pending: how many vectors under the fingerprint are still to be made.
+    """
+
+    epoch: int
+    last_seq: int
+    n_segments: int
+    last_segment: int
+    last_vector: int
+    n_pending: int
+
+
+class Profile(NamedTuple):
+    """What recall keeps in memory of a segment.
+
+    :param row: grows with ``seq``; never given twice.
+    :param day: event time as a proleptic ordinal, UTC.
+    :param asks: whether the text ends with a question mark.
+    :param terms: of the lexical index, with repeats.
+    """
+
+    row: int
+    id: str
+    seq: int
+    session: str
+    who: str
+    day: int
+    n_tokens: int
+    asks: bool
+    terms: list[str]
 
 
 class RecordStore(VectorSource, LexicalIndex, Protocol):
@@ -187,8 +265,24 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many vectors are still to be made."""
 
-    def put_vectors(self, namespace: Namespace, fingerprint: str, ids: Sequence[str], vectors: Matrix) -> None:
-        """Store vectors, replacing older ones, and strike the work off the pending list."""
+    def put_vectors(
+        self,
+        namespace: Namespace,
+        fingerprint: str,
+        ids: Sequence[str],
+        vectors: Matrix,
+        tokens: Sequence[bytes] | None = None,
+    ) -> None:
+        """Store vectors (and token vectors), replacing older ones, and strike the work off the pending list."""
+
+    def state(self, namespace: Namespace, fingerprint: str) -> State:
+        """Where the namespace stands now; what is kept in memory of it is brought up to date by this."""
+
+    def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
+        """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
+
+    def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
+        """``(seq, token vectors)`` of the vector rows added after row ``after``, where there are any."""
 
     def save_trace(self, trace: Trace) -> None:
         """Store a trace, or replace the one with its id."""

@@ -1,20 +1,215 @@
-"""Recall: candidates for a query, without any LLM. Dense and lexical ranks, fused.
+"""Recall: candidates for a query, without any LLM.
 
-Fusion is reciprocal rank fusion (Cormack, Clarke and Buettcher 2009): the sum over the signals of ``1 / (60 + rank)``.
-Ranks and not scores are added, because cosines and BM25 share no scale.
+Candidates are what dense and lexical search find, with the turns around them. Each gets its signals (``signals.py``)
+and a score, the sum of what the signals contribute; the weights are learned on conversations with known evidence
+(``weights.json``, made by benchmarks/train_recall.py).
+
+For a namespace too large to be kept in memory the two rankings are fused instead, by reciprocal rank fusion (Cormack,
+Clarke and Buettcher 2009): the sum over the rankings of ``1 / (60 + rank)``.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from memory_os.protocols import Embedder, RecordStore, VectorIndex
+from memory_os import signals as s
+from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
+from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
+from memory_os.question import Question, read_question
 from memory_os.types import Hit, Namespace
 
-__all__ = ["fuse", "recall"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from memory_os.protocols import Vector
+
+    Ints = NDArray[np.int64]
+
+__all__ = ["Recall", "Recalled", "Scored", "fuse", "learned"]
 
 RRF_K = 60
+SEARCH = 128
+"""Either search offers so many at least."""
+SURROUNDINGS = 2
+"""So many turns to either side of what was found are candidates too."""
+
+
+@cache
+def learned() -> Mapping[str, Any]:
+    """The learned weights, with their provenance."""
+    weights: dict[str, Any] = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Signals and scores of the candidates, as arrays over ``rows`` of the corpus."""
+
+    corpus: Corpus
+    ids: list[str]
+    rows: Ints
+    signals: Mapping[str, Vector]
+    contributions: Mapping[str, Vector]
+    scores: Vector
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What recall found.
+
+    :param notes: what it did less well than its name says.
+    """
+
+    hits: list[Hit]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The parts of recall, and what it keeps in memory of the namespaces."""
+
+    store: RecordStore
+    index: VectorIndex
+    embedder: Embedder
+    corpora: Corpora = field(default_factory=Corpora)
+
+    def __call__(
+        self,
+        namespace: Namespace,
+        query: str,
+        *,
+        k: int,
+        upto: int | None = None,
+        now: datetime | None = None,
+        per_token: bool = False,
+        state: State | None = None,
+    ) -> Recalled:
+        """The ``k`` best segments, best first, ties by ``seq``.
+
+        :param upto: only segments with ``seq <= upto`` take part.
+        :param now: what "last week" in the query counts from.
+        :param state: of the namespace, where the caller has just asked for it.
+        :param per_token: best by value per token, for a budget, and not by score alone; see ``worth``.
+        """
+        import numpy as np
+
+        state = state or self.store.state(namespace, self.embedder.fingerprint)
+        if state.n_segments > MAX_SEGMENTS:
+            hits = self._fused(namespace, query, k, upto)
+            note = f"{state.n_segments} segments are too many to weigh each; dense and lexical ranks were fused"
+            return Recalled(hits, (note,))
+        scored = self.score(namespace, query, k=k, upto=upto, now=now, state=state)
+        if scored is None:
+            return Recalled([])
+        order = worth(scored.scores, np.exp(scored.signals["length"])) if per_token else scored.scores
+        best = np.lexsort((scored.rows, -order))[:k]
+        segments = scored.corpus.segments(self.store, namespace, scored.rows[best])
+        signals, contributions = (_by_candidate(each, best) for each in (scored.signals, scored.contributions))
+        scores = scored.scores[best].tolist()
+        found = zip(segments, scores, signals, contributions, strict=True)
+        # a segment deleted a moment ago is simply not there
+        return Recalled([Hit(segment, *rest) for segment, *rest in found if segment])
+
+    def score(
+        self,
+        namespace: Namespace,
+        query: str,
+        *,
+        k: int,
+        upto: int | None = None,
+        now: datetime | None = None,
+        state: State | None = None,
+    ) -> Scored | None:
+        """Signals and scores of everything near what either search finds among its ``k`` best; ``None`` for nothing."""
+        import numpy as np
+
+        k = max(k, SEARCH)
+        asked = self._embedded(query)
+        width = self.embedder.token_dimension if isinstance(self.embedder, TokenEmbedder) else 0
+        found = self.index.search(namespace, asked.vector, k, upto=upto)
+        with self.corpora.lock:
+            state = state or self.store.state(namespace, self.embedder.fingerprint)
+            corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
+            n = corpus.visible(upto)
+            if not n:
+                return None
+            years = sorted({date.fromordinal(int(day)).year for day in np.unique(corpus.rows["day"][:n])})
+            question = read_question(query, corpus.speakers, years, (now or datetime.now(UTC)).date())
+            lexical = corpus.bm25(question.terms, n)
+            rows = self._candidates(corpus, n, [id_ for id_, _ in found], lexical, k)
+            ids = [corpus.ids[row] for row in rows]
+            dense = self.index.similarities(namespace, asked.vector, ids)
+            near = s.Neighbours(corpus, rows, n)
+            signals = s.plain_signals(corpus, rows, near, question, dense, lexical)
+            if len(asked.tokens):
+                best = s.best_cosines(corpus, rows, asked.tokens)
+                signals |= s.late_signals(near, best, s.token_weights(corpus, query, asked.spans, n))
+        weights = learned()["with_tokens" if len(asked.tokens) else "without_tokens"]
+        parts = s.contributions(signals, question.kinds, weights)
+        scores = np.sum(list(parts.values()), axis=0)
+        return Scored(corpus, ids, rows, signals, parts, scores, question)
+
+    def _embedded(self, query: str) -> TokenQuery:
+        if isinstance(self.embedder, TokenEmbedder):
+            return self.embedder.embed_query_by_token(query)
+        vector = self.embedder.embed_query(query)
+        return TokenQuery(vector, vector[:0].reshape(0, 1), ())
+
+    @staticmethod
+    def _candidates(corpus: Corpus, n: int, dense: Sequence[str], lexical: Vector, k: int) -> Ints:
+        """Rows that either search found, and the turns around them, rising."""
+        import numpy as np
+
+        by_words = np.flatnonzero(lexical > 0)
+        if len(by_words) > k:
+            by_words = by_words[np.lexsort((by_words, -lexical[by_words]))[:k]]
+        by_meaning = np.array([corpus.row_of[id_] for id_ in dense if id_ in corpus.row_of], dtype=np.int64)
+        core = np.union1d(by_words, by_meaning)
+        wanted = [core]
+        before = after = core
+        for _ in range(SURROUNDINGS):
+            before = corpus.rows["before"][before]
+            before = before[before >= 0]
+            after = corpus.rows["after"][after]
+            after = after[(after >= 0) & (after < n)]
+            wanted += [before, after]
+        rows = np.unique(np.concatenate(wanted))
+        return rows[rows < n].astype(np.int64)
+
+    def _fused(self, namespace: Namespace, query: str, k: int, upto: int | None) -> list[Hit]:
+        fused = fuse(
+            {
+                "dense": self.index.search(namespace, self.embedder.embed_query(query), k, upto=upto),
+                "lexical": self.store.search(namespace, query, k, upto=upto),
+            }
+        )
+        segments = self.store.get(namespace, fused)
+        hits = [Hit(segment, *fused[id_]) for id_, segment in segments.items()]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.segment.seq))[:k]
+
+
+def _by_candidate(columns: Mapping[str, Vector], which: Ints) -> list[dict[str, float]]:
+    import numpy as np
+
+    table = np.round(np.stack(list(columns.values()), axis=1)[which].astype(float), 4)
+    return [dict(zip(columns, row, strict=True)) for row in table.tolist()]
+
+
+def worth(scores: Vector, n_tokens: Vector) -> Vector:
+    """Relevance for its price. A score is a log-odds, so dividing by a power of the cost is taking away its log."""
+    import numpy as np
+
+    value: Vector = scores - learned()["price"] * np.log(n_tokens)
+    return value
 
 
 def fuse(rankings: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, tuple[float, dict[str, float]]]:
@@ -31,27 +226,3 @@ def fuse(rankings: Mapping[str, Sequence[tuple[str, float]]]) -> dict[str, tuple
             scores[id_] += 1.0 / (RRF_K + rank)
             signals[id_][signal] = score
     return {id_: (scores[id_], signals[id_]) for id_ in scores}
-
-
-def recall(
-    store: RecordStore,
-    index: VectorIndex,
-    embedder: Embedder,
-    namespace: Namespace,
-    query: str,
-    *,
-    k: int,
-    upto: int | None = None,
-) -> list[Hit]:
-    """The segments that either signal ranks among its ``k`` best, best fused score first, ties by ``seq``.
-
-    :param upto: only segments with ``seq <= upto`` take part.
-    """
-    rankings = {
-        "dense": index.search(namespace, embedder.embed_query(query), k, upto=upto),
-        "lexical": store.search(namespace, query, k, upto=upto),
-    }
-    fused = fuse(rankings)
-    segments = store.get(namespace, fused)  # a segment deleted a moment ago is simply not there
-    hits = [Hit(segment, *fused[id_]) for id_, segment in segments.items()]
-    return sorted(hits, key=lambda hit: (-hit.score, hit.segment.seq))

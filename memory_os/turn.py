@@ -16,19 +16,18 @@ from typing import Any
 
 import uuid_utils
 
+from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
 from memory_os.pack import Frame, fit_flash, pack, render_line
 from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
-from memory_os.recall import recall
+from memory_os.recall import Recall, learned
 from memory_os.types import Candidate, Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
 
 __all__ = ["Options", "Parts", "prepare", "run_turn"]
 
-SYSTEM = (
-    "You are a helpful assistant with a long-term memory. What you remember of earlier conversations stands between "
-    "<memory> tags, oldest first, each entry with its date and speaker. Use it when it helps to answer."
-)
+SYSTEM = "You are a helpful assistant with a long-term memory."
+MAX_PRICES = 50_000
 INLINE_PENDING = 512
 """Up to so many missing vectors are made before recall; with more, the trace says how many are missing."""
 
@@ -67,6 +66,22 @@ class Parts:
     counter: TokenCounter
     llm: LLM | None
     options: Options = field(default_factory=Options)
+    corpora: Corpora = field(default_factory=Corpora)
+    prices: dict[str, int] = field(default_factory=dict, repr=False)
+
+    def price_of(self, segment: Segment) -> int:
+        """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
+        price = self.prices.get(segment.id)
+        if price is None:
+            if len(self.prices) > MAX_PRICES:
+                self.prices.clear()
+            price = self.prices[segment.id] = self.counter.count_text(render_line(segment) + "\n")
+        return price
+
+    @property
+    def recall(self) -> Recall:
+        """Candidates for a query."""
+        return Recall(self.store, self.index, self.embedder, self.corpora)
 
     def config_hash(self) -> str:
         """Changes whenever the same store and query could give another context."""
@@ -76,6 +91,7 @@ class Parts:
             "controller": [self.controller.name, {name: repr(value) for name, value in sorted(settings.items())}],
             "index": type(self.index).__name__,
             "embedder": self.embedder.fingerprint,
+            "weights": learned()["provenance"]["digest"],
             "counter": self.counter.name,
         }
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
@@ -127,7 +143,8 @@ def prepare(
     clock = clock or Clock()
     frame = Frame(parts.options.system, query, parts.counter, budget, reply_reserve, tools)
     frame.check()
-    upto = asked.seq - 1 if asked else parts.store.last_seq(namespace)
+    state = parts.store.state(namespace, parts.embedder.fingerprint)
+    upto = asked.seq - 1 if asked else state.last_seq
     notes: list[str] = []
 
     # flash memory: always in, never recalled
@@ -137,24 +154,32 @@ def prepare(
     clock.lap("flash")
 
     # 2 recall
-    waiting = parts.store.count_pending(namespace, parts.embedder.fingerprint)
-    if 0 < waiting <= INLINE_PENDING:
+    if 0 < state.n_pending <= INLINE_PENDING:
         catch_up(parts.store, parts.embedder, namespace)
-    elif waiting:
-        notes.append(f"{waiting} segments have no vector yet and were searched by their words only; run: memos doctor")
-    hits = recall(
-        parts.store, parts.index, parts.embedder, namespace, query, k=_breadth(budget) + len(flash), upto=upto
-    )
+        state = parts.store.state(namespace, parts.embedder.fingerprint)
+    elif state.n_pending:
+        notes.append(
+            f"{state.n_pending} segments have no vector yet and were searched by their words only; run: memos doctor"
+        )
+    now = asked.created_at if asked else datetime.now(UTC)
+    breadth = _breadth(budget) + len(flash)
+    recalled = parts.recall(namespace, query, k=breadth, upto=upto, now=now, per_token=True, state=state)
+    notes += recalled.notes
     in_flash = {segment.id for segment in flash}
     candidates = [
-        Candidate(hit.segment, hit.score, hit.signals, parts.counter.count_text(render_line(hit.segment) + "\n"))
-        for hit in hits
+        Candidate(
+            hit.segment,
+            hit.score,
+            hit.signals,
+            parts.price_of(hit.segment),
+            hit.contributions,
+        )
+        for hit in recalled.hits
         if hit.segment.id not in in_flash
     ]
     clock.lap("recall")
 
     # 3 decide
-    now = asked.created_at if asked else datetime.now(UTC)
     decision = parts.controller.decide(query, View(candidates, flash, parts.llm, now), room)
     clock.lap("decide")
 
@@ -184,8 +209,8 @@ def prepare(
 
 
 def _breadth(budget: int) -> int:
-    """How many candidates each signal offers: somewhat more turns of common length than the budget could hold."""
-    return max(24, min(256, budget // 40))
+    """How many candidates recall offers: more turns of common length than the budget could hold."""
+    return max(32, min(400, budget // 12))
 
 
 def _visible_fallbacks(parts: Parts) -> list[str]:

@@ -133,26 +133,29 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A segment that a search found, with the fused score and each signal that made it."""
+    """A segment that a search found, with its score, each signal, and what each signal contributed to the score."""
 
     segment: Segment
     score: float
     signals: Mapping[str, float]
+    contributions: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """What recall offers to a controller.
 
-    :param signals: every signal by name; a signal that did not find the segment is absent.
-    :param score: the fused score.
+    :param signals: every signal by name.
+    :param score: relevance; the sum of the contributions where there are any, a fused rank otherwise.
     :param n_tokens: cost of the segment in full, rendered as a line of memory, in the target model's tokens.
+    :param contributions: what each signal added to the score.
     """
 
     segment: Segment
     score: float
     signals: Mapping[str, float]
     n_tokens: int
+    contributions: Mapping[str, float] = field(default_factory=dict)
 
 
 class Form(StrEnum):
@@ -180,6 +183,8 @@ class Reason(StrEnum):
     TOO_LONG = "too long: the best candidate entered cut"
     OVER_BUDGET = "over budget"
     WEAK = "weak relevance"
+    UNRELATED = "nothing remembered is about this"
+    REPEATED = "repeats a newer candidate"
     NOT_CHOSEN = "not chosen by the controller"
 
 
@@ -224,6 +229,7 @@ class LedgerEntry:
     score: float
     signals: Mapping[str, float]
     n_tokens: int
+    contributions: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from memory_os.errors import StoreError
+from memory_os.lexical import terms_of
 from memory_os.stores import fulltext
 from memory_os.stores.database import Database
-from memory_os.stores.lexical import terms_of
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import VECTOR_TASK, namespaces, pending, segments, vectors
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,19 @@ class ChromaIndex:
         rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
         ranked = sorted((distance, meta["seq"], id_) for id_, distance, meta in rows)
         return [(id_, 1.0 - float(distance)) for distance, _, id_ in ranked]
+
+    def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
+        """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
+        import numpy as np
+
+        cosines: dict[str, float] = {}
+        with self._lock:
+            collection = self._collection(namespace)
+            for start in range(0, len(ids), BATCH):
+                found: Any = collection.get(ids=list(ids[start : start + BATCH]), include=["embeddings"])
+                if found["ids"]:
+                    cosines.update(zip(found["ids"], np.asarray(found["embeddings"]) @ vector, strict=True))
+        return np.array([cosines.get(id_, 0.0) for id_ in ids], dtype=np.float32)
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the collection holds now."""

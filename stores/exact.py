@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ class _Table:
     epoch: int
     last: int = 0
     ids: list[str] = field(default_factory=list)
+    row_of: dict[str, int] = field(default_factory=dict)
     seqs: NDArray[np.int64] | None = None  # with spare room at the end, as is the matrix
     matrix: Matrix | None = None
 
@@ -59,6 +61,19 @@ class ExactIndex:
         best = np.flatnonzero((scores >= kth) & (scores > -np.inf))
         best = best[np.lexsort((seqs[best], -scores[best]))][:k]
         return [(ids[i], float(scores[i])) for i in best]
+
+    def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
+        """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
+        import numpy as np
+
+        with self._lock:
+            table = self._tables.get(namespace) or self._synced(namespace)
+            rows = np.fromiter((table.row_of.get(id_, -1) for id_ in ids), dtype=np.int64, count=len(ids))
+            matrix = table.matrix
+        cosines = np.zeros(len(ids), dtype=np.float32)
+        if matrix is not None:
+            cosines[rows >= 0] = matrix[rows[rows >= 0]] @ vector
+        return cosines
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the matrix holds now."""
@@ -107,4 +122,5 @@ def _extend(table: _Table, ids: list[str], seqs: list[int], rows: Matrix) -> Non
             matrix[:n], numbers[:n] = table.matrix[:n], table.seqs[:n]
         table.matrix, table.seqs = matrix, numbers
     table.matrix[n:total], table.seqs[n:total] = rows, seqs
+    table.row_of.update(zip(ids, range(n, total), strict=True))
     table.ids.extend(ids)  # a reader that holds the list looks only below its own n

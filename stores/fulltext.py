@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from memory_os.stores.lexical import bm25, idf, query_terms, terms_of
+from memory_os.lexical import bm25, idf, query_terms, terms_of
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import namespaces, segments
 
-__all__ = ["add", "recount", "remove", "rewrite", "search"]
+__all__ = ["add", "read", "recount", "remove", "rewrite", "search"]
 
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
@@ -38,6 +38,19 @@ def remove(connection: sa.Connection, pks: Sequence[int]) -> list[int]:
             lengths.append(len(row[0].split()))
             connection.exec_driver_sql("DELETE FROM lexical WHERE rowid = ?", (pk,))
     return lengths
+
+
+def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, list[str]]:
+    """The terms of these entries, by row."""
+    if not pks:
+        return {}
+    prefix = len(f"{ns}_")
+    found: dict[int, list[str]] = {}
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        found.update((pk, [term[prefix:] for term in terms.split()]) for pk, terms in rows)
+    return found
 
 
 def search(connection: sa.Connection, ns: int, text: str, k: int, bound: int) -> list[tuple[str, float]]:

@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 __all__ = ["HEAD", "VECTOR_TASK", "metadata", "namespaces", "pending", "segments", "traces", "vectors"]
 
-HEAD = "0001"
+HEAD = "0002"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -75,6 +75,7 @@ vectors = Table(
     Column("namespace_id", Integer, nullable=False),
     Column("fingerprint", Text, nullable=False),
     Column("vector", LargeBinary, nullable=False),  # float32, little-endian, unit length
+    Column("tokens", LargeBinary),  # int8, [tokens, token dimension]: see TokenEmbedder
     Index("ix_vectors_namespace", "namespace_id", "fingerprint", "pk"),
     sqlite_autoincrement=True,
 )

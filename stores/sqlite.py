@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ import sqlalchemy as sa
 import uuid_utils
 from sqlalchemy import func, select
 
+from memory_os.lexical import terms_of
+from memory_os.protocols import Profile, State
 from memory_os.stores import fulltext
 from memory_os.stores.checkup import find_faults, mend
 from memory_os.stores.database import Database
-from memory_os.stores.lexical import terms_of
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
 from memory_os.stores.schema import VECTOR_TASK, namespaces, pending, segments, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
 __all__ = ["SqliteStore"]
 
 SCAN_PAGE = 1000
+
+# Asked in every turn, so as plain SQL: building a statement takes longer than running it.
+_LAST_VECTOR = "(SELECT max(pk) FROM vectors WHERE namespace_id = :ns AND fingerprint = :f)"
+EPOCH = f"SELECT (SELECT epoch FROM namespaces WHERE id = :ns), {_LAST_VECTOR}"
+# smallest and largest fingerprint: two look-ups in the index instead of a scan for stale vectors
+STATE = f"""
+    SELECT epoch, last_seq, n_segments,
+        (SELECT pk FROM segments WHERE namespace_id = :ns ORDER BY seq DESC LIMIT 1), {_LAST_VECTOR},
+        (SELECT count(*) FROM pending WHERE namespace_id = :ns AND task = :task),
+        (SELECT min(fingerprint) FROM vectors WHERE namespace_id = :ns),
+        (SELECT max(fingerprint) FROM vectors WHERE namespace_id = :ns)
+    FROM namespaces WHERE id = :ns"""
 
 
 class SqliteStore:
@@ -258,10 +271,7 @@ class SqliteStore:
         """``(epoch, last row)``; see ``VectorSource``."""
         with self.database.read() as connection:
             ns = self._namespace_id(connection, namespace)
-            mine = sa.and_(vectors.c.namespace_id == ns, vectors.c.fingerprint == fingerprint)
-            epoch = select(namespaces.c.epoch).where(namespaces.c.id == ns).scalar_subquery()
-            last = select(func.max(vectors.c.pk)).where(mine).scalar_subquery()
-            row = connection.execute(select(epoch, last)).one()
+            row = connection.exec_driver_sql(EPOCH, {"ns": ns, "f": fingerprint}).one()
         return row[0] or 0, row[1] or 0
 
     def read_vectors(
@@ -286,6 +296,64 @@ class SqliteStore:
         matrix = np.frombuffer(b"".join(row.vector for row in rows), dtype="<f4").reshape(len(rows), -1)
         return [row.id for row in rows], [row.seq for row in rows], matrix.astype(np.float32, copy=False), rows[-1].pk
 
+    def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
+        """``(seq, token vectors)`` of the rows added after row ``after``, where there are any."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                select(segments.c.seq, vectors.c.tokens)
+                .join(segments, segments.c.pk == vectors.c.segment_pk)
+                .where(
+                    vectors.c.namespace_id == self._namespace_id(connection, namespace),
+                    vectors.c.fingerprint == fingerprint,
+                    vectors.c.pk > after,
+                    vectors.c.tokens.is_not(None),
+                )
+                .order_by(vectors.c.pk)
+            ).all()
+        return [(row.seq, row.tokens) for row in rows]
+
+    def state(self, namespace: Namespace, fingerprint: str) -> State:
+        """Where the namespace stands now, by one query."""
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            row = connection.exec_driver_sql(STATE, {"ns": ns, "f": fingerprint, "task": VECTOR_TASK}).one_or_none()
+            if row is None:
+                return State(0, 0, 0, 0, 0, 0)
+            *numbers, listed, first, last = row
+            stale = 0
+            if any(end not in (None, fingerprint) for end in (first, last)):
+                query = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
+                stale = connection.execute(query).scalar_one()
+        return State(*(number or 0 for number in numbers), listed + stale)
+
+    def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
+        """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            asks = sa.or_(*(func.rtrim(segments.c.text).like(f"%{mark}") for mark in "?？"))
+            c = segments.c
+            who = func.coalesce(c.speaker, c.role)
+            rows = connection.execute(
+                select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks)
+                .where(c.namespace_id == ns, c.pk > after)
+                .order_by(c.seq)
+            ).all()
+            terms = fulltext.read(connection, ns, [row.pk for row in rows])
+        return [
+            Profile(
+                row=pk,
+                id=id_,
+                seq=seq,
+                session=session,
+                who=by,
+                day=date.fromisoformat(created_at[:10]).toordinal(),
+                n_tokens=n_tokens,
+                asks=bool(ends),
+                terms=terms.get(pk, []),
+            )
+            for pk, id_, seq, session, by, created_at, n_tokens, ends in rows
+        ]
+
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
         """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
         with self.database.read() as connection:
@@ -295,15 +363,7 @@ class SqliteStore:
 
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many vectors are still to be made."""
-        with self.database.read() as connection:
-            ns = self._namespace_id(connection, namespace)
-            listed = select(func.count()).where(pending.c.namespace_id == ns, pending.c.task == VECTOR_TASK)
-            row = connection.execute(select(listed.scalar_subquery(), *_ends(ns))).one()
-            count: int = row[0]
-            if any(end not in (None, fingerprint) for end in row[1:]):
-                stale = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
-                count += connection.execute(stale).scalar_one()
-        return count
+        return self.state(namespace, fingerprint).n_pending
 
     def _has_stale(self, connection: sa.Connection, ns: int, fingerprint: str) -> bool:
         return any(end not in (None, fingerprint) for end in connection.execute(select(*_ends(ns))).one())
@@ -321,9 +381,17 @@ class SqliteStore:
             todo = sa.or_(todo, segments.c.pk.in_(stale))
         return query.where(todo)
 
-    def put_vectors(self, namespace: Namespace, fingerprint: str, ids: Sequence[str], matrix: Matrix) -> None:
+    def put_vectors(
+        self,
+        namespace: Namespace,
+        fingerprint: str,
+        ids: Sequence[str],
+        matrix: Matrix,
+        tokens: Sequence[bytes] | None = None,
+    ) -> None:
         """Store vectors, replacing older ones, and strike the work off; ids that are gone by now are passed over."""
-        blobs = {id_: row.astype("<f4").tobytes() for id_, row in zip(ids, matrix, strict=True)}
+        rows = zip(ids, matrix, tokens or [None] * len(ids), strict=True)
+        blobs = {id_: (row.astype("<f4").tobytes(), parts) for id_, row, parts in rows}
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(list(blobs)):
@@ -342,7 +410,13 @@ class SqliteStore:
                 connection.execute(
                     vectors.insert(),
                     [
-                        {"segment_pk": pk, "namespace_id": ns, "fingerprint": fingerprint, "vector": blobs[id_]}
+                        {
+                            "segment_pk": pk,
+                            "namespace_id": ns,
+                            "fingerprint": fingerprint,
+                            "vector": blobs[id_][0],
+                            "tokens": blobs[id_][1],
+                        }
                         for pk, id_ in found
                     ],
                 )

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_os.errors import SchemaError, StoreError
+from memory_os.lexical import query_terms, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import sqlite as sqlite_module
-from memory_os.stores.lexical import query_terms, terms_of
 from memory_os.stores.schema import metadata
 from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment

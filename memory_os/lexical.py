@@ -18,7 +18,7 @@ from typing import Any
 
 import regex
 
-__all__ = ["bm25", "query_terms", "terms_of"]
+__all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "query_terms", "stem", "terms_of"]
 
 K1, B = 1.2, 0.75
 
@@ -29,7 +29,7 @@ _WORD = regex.compile(
 )
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
 
-_STOP = frozenset(
+STOP_WORDS = frozenset(
     """a about above after again against all am an and any are as at be because been before being below between both
     but by can could d did do does doing don down during each few for from further had has have having he her here hers
     him his how i if in into is it its itself just ll m me more most my no nor not now of off on once only or other our
@@ -47,7 +47,8 @@ def _stemmer() -> Any:
 
 
 @lru_cache(maxsize=100_000)
-def _stem(word: str) -> str:
+def stem(word: str) -> str:
+    """The stem of a case-folded word."""
     return str(_stemmer().stemWord(word))
 
 
@@ -72,7 +73,7 @@ def terms_of(text: str) -> list[str]:
     terms: list[str] = []
     for script, run in _words(text):
         if script == "word":
-            terms.append(_stem(run))
+            terms.append(stem(run))
         elif script == "pairs":
             # single characters too, so that a question for one character finds it
             terms.extend(_ngrams(run, 2) + (list(run) if len(run) > 1 else []))
@@ -91,7 +92,7 @@ def query_terms(text: str) -> list[str]:
     stop: dict[str, None] = {}
     for script, run in _words(text):
         if script == "word":
-            (stop if run in _STOP else content)[_stem(run)] = None
+            (stop if run in STOP_WORDS else content)[stem(run)] = None
         else:
             content.update(dict.fromkeys(_ngrams(run, 2 if script == "pairs" else 3)))
     return list(content or stop)

@@ -1,0 +1,246 @@
+"""What recall keeps in memory of a namespace: one column a property, one row a segment, in the order of ``seq``.
+
+A projection of the records, brought up to date before each use: new rows are added, and where rows went away all is
+read anew. So recall computes its signals by array operations and asks the database for nothing but the answer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from memory_os.lexical import K1, B, idf
+from memory_os.question import tells_time
+from memory_os.types import Namespace, Segment
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from memory_os.protocols import Matrix, Profile, RecordStore, State, Vector
+
+    Ints = NDArray[np.int64]
+
+__all__ = ["MAX_SEGMENTS", "Corpora", "Corpus"]
+
+MAX_SEGMENTS = 300_000
+"""Namespaces of more segments are not kept in memory (about 2 KB a segment); recall then fuses ranks only."""
+MAX_NAMESPACES = 64
+MAX_SEGMENTS_HELD = 20_000
+
+
+COLUMNS = [
+    ("seq", "int64"),
+    ("session", "int64"),  # numbered in the order of appearance, as is "who"
+    ("who", "int64"),
+    ("day", "int64"),
+    ("before", "int64"),  # the row of the session's segment before this one, and after it; -1 if there is none
+    ("after", "int64"),
+    ("n_terms", "float32"),
+    ("n_tokens", "float32"),
+    ("asks", "float32"),  # 1 for a text that ends with a question mark
+    ("timed", "float32"),  # 1 for a text that says when
+    ("first", "int64"),  # where its token vectors begin, and how many there are
+    ("count", "int64"),
+]
+
+
+class Column:
+    """An array that grows at its end; readers of ``values`` keep what they have."""
+
+    def __init__(self, dtype: Any, *shape: int) -> None:
+        import numpy as np
+
+        self.n = 0
+        self._room = np.zeros((0, *shape), dtype=dtype)
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """All rows, ``[n]`` or ``[n, width]``."""
+        return self._room[: self.n]
+
+    def extend(self, rows: NDArray[Any]) -> None:
+        """Add rows at the end."""
+        import numpy as np
+
+        total = self.n + len(rows)
+        if total > len(self._room):
+            room = np.empty((max(total, 2 * self.n), *self._room.shape[1:]), dtype=self._room.dtype)
+            room[: self.n] = self._room[: self.n]
+            self._room = room
+        self._room[self.n : total] = rows
+        self.n = total
+
+
+class Corpus:
+    """The columns of one namespace.
+
+    :param width: bytes of a token vector; 0 where the embedder gives none.
+    """
+
+    def __init__(self, epoch: int, width: int) -> None:
+        self.epoch = epoch
+        self.width = width
+        self.last_segment = self.last_vector = 0
+        self.ids: list[str] = []
+        self.row_of: dict[str, int] = {}
+        self.speakers: dict[str, int] = {}
+        self._sessions: dict[str, int] = {}
+        self._latest: dict[int, int] = {}  # the last row of each session
+        self._postings: dict[str, array[int]] = {}  # a row as often as the term stands in it
+        self._segments: dict[int, Segment | None] = {}
+        self._found: dict[tuple[str, int], tuple[Ints, Vector]] = {}  # what postings() gave for this question
+        self._rows = Column(COLUMNS)
+        self._tokens = Column("int8", width)
+
+    @property
+    def rows(self) -> NDArray[np.void]:
+        """One record a segment; see ``COLUMNS``."""
+        return self._rows.values
+
+    def visible(self, upto: int | None) -> int:
+        """How many rows have ``seq <= upto``."""
+        import numpy as np
+
+        return len(self.ids) if upto is None else int(np.searchsorted(self.rows["seq"], upto, side="right"))
+
+    # growth ------------------------------------------------------------------------------------------------------
+
+    def catch_up(self, store: RecordStore, namespace: Namespace, fingerprint: str, state: State) -> None:
+        """Read what was added."""
+        if state.last_segment > self.last_segment:
+            self._add(store.read_profiles(namespace, self.last_segment))
+        if self.width and state.last_vector > self.last_vector:
+            self._add_tokens(store.read_tokens(namespace, fingerprint, self.last_vector))
+        self.last_vector = max(self.last_vector, state.last_vector)
+
+    def _add(self, profiles: Sequence[Profile]) -> None:
+        import numpy as np
+
+        if not profiles:
+            return
+        n = len(self.ids)
+        self.last_segment = profiles[-1].row
+        records = []
+        followed: list[tuple[int, int]] = []
+        for row, profile in enumerate(profiles, start=n):
+            session = self._sessions.setdefault(profile.session, len(self._sessions))
+            who = self.speakers.setdefault(profile.who, len(self.speakers))
+            before = self._latest.get(session, -1)
+            if before >= 0:
+                followed.append((before, row))
+            self._latest[session] = row
+            records.append(
+                (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
+                 profile.asks, tells_time(profile.terms), 0, 0)
+            )  # fmt: skip
+            for term in profile.terms:
+                rows = self._postings.get(term)
+                if rows is None:
+                    rows = self._postings[term] = array("I")
+                rows.append(row)
+        self._rows.extend(np.array(records, dtype=COLUMNS))
+        for earlier, later in followed:
+            self.rows["after"][earlier] = later
+        ids = [profile.id for profile in profiles]
+        self.row_of.update(zip(ids, range(n, n + len(ids)), strict=True))
+        self.ids.extend(ids)
+
+    def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
+        import numpy as np
+
+        if not found:
+            return
+        rows = np.searchsorted(self.rows["seq"], [seq for seq, _ in found])
+        codes = np.frombuffer(b"".join(blob for _, blob in found), dtype=np.int8).reshape(-1, self.width)
+        counts = np.array([len(blob) // self.width for _, blob in found])
+        self.rows["first"][rows] = self._tokens.n + np.cumsum(counts) - counts
+        self.rows["count"][rows] = counts
+        self._tokens.extend(codes)
+
+    # use ---------------------------------------------------------------------------------------------------------
+
+    def segments(self, store: RecordStore, namespace: Namespace, rows: Ints) -> list[Segment | None]:
+        """The segments of these rows, in their order; ``None`` for one that is gone. What was read is kept."""
+        wanted = rows.tolist()
+        missing = [row for row in wanted if row not in self._segments]
+        if missing:
+            if len(self._segments) > MAX_SEGMENTS_HELD:
+                self._segments.clear()
+                missing = wanted
+            found = store.get(namespace, [self.ids[row] for row in missing])
+            self._segments.update((row, found.get(self.ids[row])) for row in missing)
+        return [self._segments[row] for row in wanted]
+
+    def postings(self, term: str, n: int) -> tuple[Ints, Vector]:
+        """``(rows, occurrences)`` of a term among the first ``n`` rows."""
+        found = self._found.get((term, n))
+        if found is None:
+            if len(self._found) > 64:
+                self._found.clear()
+            found = self._found[term, n] = self._postings_of(term, n)
+        return found
+
+    def _postings_of(self, term: str, n: int) -> tuple[Ints, Vector]:
+        import numpy as np
+
+        every = np.array(self._postings.get(term, ()), dtype=np.int64)
+        every = every[: np.searchsorted(every, n)]
+        starts = np.flatnonzero(np.diff(every, prepend=-1))
+        occurrences = np.diff(starts, append=len(every)).astype(np.float32)
+        return every[starts], occurrences
+
+    def idf(self, term: str, n: int) -> float:
+        """Inverse document frequency of a term among the first ``n`` rows."""
+        return idf(n, len(self.postings(term, n)[0]))
+
+    def bm25(self, terms: Sequence[str], n: int) -> Vector:
+        """BM25 of the first ``n`` rows, as a share of what a text of these terms alone could reach; in 0 to 1."""
+        import numpy as np
+
+        lengths = self.rows["n_terms"][:n]
+        norm = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        scores, most = np.zeros(n, dtype=np.float32), 0.0
+        for term in terms:
+            rows, occurrences = self.postings(term, n)
+            if len(rows):
+                weight = idf(n, len(rows))
+                scores[rows] += weight * occurrences * (K1 + 1.0) / (occurrences + norm[rows])
+                most += weight * (K1 + 1.0)
+        return scores / max(most, 1e-9)
+
+    def token_vectors(self, rows: Ints) -> tuple[Matrix, Ints, Ints]:
+        """``(unit vectors, starts, having)``: the token vectors of those ``rows[having]`` that have any, row by row."""
+        import numpy as np
+
+        counts = self.rows["count"][rows]
+        having = np.flatnonzero(counts)
+        counts = counts[having]
+        starts = np.cumsum(counts) - counts
+        where = np.repeat(self.rows["first"][rows[having]] - starts, counts) + np.arange(counts.sum())
+        vectors = self._tokens.values[where].astype(np.float32)
+        vectors *= 1.0 / np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+        return vectors, starts, having
+
+
+class Corpora:
+    """The corpora of the namespaces in use, the least recently used ones forgotten."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[Namespace, str], Corpus] = OrderedDict()
+        self.lock = RLock()
+
+    def of(self, store: RecordStore, namespace: Namespace, fingerprint: str, width: int, state: State) -> Corpus:
+        """The namespace's corpus as of ``state``. Hold ``lock`` while it is used."""
+        key = (namespace, fingerprint)
+        corpus = self._held.get(key)
+        if corpus is None or corpus.epoch != state.epoch:
+            corpus = self._held[key] = Corpus(state.epoch, width)
+        self._held.move_to_end(key)
+        corpus.catch_up(store, namespace, fingerprint, state)
+        while len(self._held) > MAX_NAMESPACES:
+            self._held.popitem(last=False)
+        return corpus
