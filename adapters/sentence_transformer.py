@@ -153,7 +153,8 @@ class SentenceTransformerEmbedder:
         if reason := _why_not_flat(model):
             self._notes = (f"{self.name} runs through SentenceTransformer.encode: {reason}",)
             return model, None
-        fast = _FlatBert(model, _projection(self.name, model[0].auto_model.config.hidden_size))
+        bert: Any = model[0]
+        fast = _FlatBert(model, _projection(self.name, bert.auto_model.config.hidden_size))
         probe = ["A short text.", "Another one, which is longer than the first, so that the two differ in length."]
         ours, theirs = (
             fast.embed(probe, 1024),
@@ -279,7 +280,8 @@ class _FlatBert:
         """The unit mean of each text's last hidden states, ``[texts, hidden]``."""
         import torch
 
-        parts = zip(groups, states.float().split([length * count for length, count in groups]), strict=True)
+        sizes = [length * count for length, count in groups]
+        parts = zip(groups, torch.split(states.float(), sizes), strict=True)
         means = torch.cat([part.view(count, length, -1).mean(1) for (length, count), part in parts])
         matrix: Matrix = torch.nn.functional.normalize(means, dim=1).numpy()
         return matrix

@@ -206,7 +206,7 @@ def calibrated(
     return {
         "weights": {
             "constant": round(weights[0].item(), 4),
-            **{name: round(weight, 4) for name, weight in zip(names, slopes.tolist(), strict=True)},
+            **{name: round(weight, 4) for name, weight in zip(names, slopes.tolist(), strict=True) if weight > 0.001},
         },
         "threshold": round(threshold, 4),
         "answerable_let_through": round(float((sure[: len(yes)] >= threshold).mean()), 4),

@@ -78,7 +78,7 @@ def search(
 
     Example: memos search "the cat" -k 5
 
-    JSON: a list of {"score", "signals", "segment"}, best first.
+    JSON: a list of {"score", "signals", "contributions", "segment"}, best first.
     """
     from memory_os.transfer import segment_to_dict
 
@@ -86,7 +86,15 @@ def search(
         hits = scope.search(query, k=k)
     if json:
         render.print_json(
-            [{"score": h.score, "signals": dict(h.signals), "segment": segment_to_dict(h.segment)} for h in hits]
+            [
+                {
+                    "score": hit.score,
+                    "signals": dict(hit.signals),
+                    "contributions": dict(hit.contributions),
+                    "segment": segment_to_dict(hit.segment),
+                }
+                for hit in hits
+            ]
         )
     elif hits:
         render.out().print(render.hits_table(hits))
@@ -125,6 +133,11 @@ def why(
         for note in render.trace_notes(trace):
             out.print(note, markup=False, soft_wrap=True)
         out.print(render.ledger_table(trace, scope.segment))
+        named = scope.segment(expect) if expect and finding and finding.stage != "stored" else None
+        for entry in trace.ledger:
+            if named and entry.segment_id == named.id:
+                out.print()
+                out.print(render.contributions_table(entry, trace))
         if finding:
             out.print(f"\n[bold]{finding.stage}[/]:", render.plain(finding.sentence), soft_wrap=True)
 

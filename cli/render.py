@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memory_os.errors import UnknownNameError
+from memory_os.trace import set_apart
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from memory_os.types import Account, Context, Hit, Segment, Trace
+    from memory_os.types import Account, Context, Hit, LedgerEntry, Segment, Trace
 
 __all__ = [
     "account_line",
     "context_to_dict",
+    "contributions_table",
     "count_of",
     "hits_table",
     "ledger_table",
@@ -108,22 +110,41 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
 
     :param segment_of: finds a segment by id, to show its text.
     """
-    names = sorted({name for entry in trace.ledger for name in entry.signals})
-    numbers = [(name, RIGHT) for name in ("seq", "tokens", "score", *names)]
-    table = _table(numbers[0], ("outcome", {"no_wrap": True}), *numbers[1:], ("text", {"no_wrap": True}))
-    room = out().width - 54 - 9 * len(names)  # on a narrow terminal the text gives way, and nothing else
+    table = _table(
+        ("seq", RIGHT), ("outcome", {"no_wrap": True}), ("tokens", RIGHT), ("score", RIGHT),
+        ("more than the average candidate", {"min_width": 24}), ("text", {"no_wrap": True}),
+    )  # fmt: skip
+    room = out().width - 92  # on a narrow terminal the text gives way, and nothing else
     colours = {"activated": "green", "trimmed": "yellow", "dropped": "dim"}
-    for entry in trace.ledger:
+    for entry, reasons in zip(trace.ledger, set_apart(trace.ledger), strict=True):
         try:
             text = snippet(segment_of(entry.segment_id).text, max(room, 12))
         except UnknownNameError:
             text = "(forgotten)"
-        signals = [f"{entry.signals[name]:.3f}" if name in entry.signals else "-" for name in names]
         form = "" if entry.form in (None, "full") else f" as {entry.form}"
         table.add_row(
             f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}, {entry.reason}", str(entry.n_tokens),
-            f"{entry.score:.4f}", *signals, plain(text),
+            f"{entry.score:.3f}", _reasons(reasons, entry.signals), plain(text),
         )  # fmt: skip
+    return table
+
+
+def _reasons(apart: Sequence[tuple[str, float]], signals: Mapping[str, float], n: int = 3) -> str:
+    """The weightiest contributions, or the signals themselves where ranks were fused."""
+    if not apart:
+        return " ".join(f"{name} {value:.3f}" for name, value in signals.items() if value)[:60]
+    return " ".join(f"{name} {difference:+.2f}" for name, difference in apart[:n])
+
+
+def contributions_table(entry: LedgerEntry, trace: Trace) -> Table:
+    """Every signal of one candidate: its value, what it added to the score, and how much more than on average."""
+    apart = dict(
+        dict(zip((e.segment_id for e in trace.ledger), set_apart(trace.ledger), strict=True))[entry.segment_id]
+    )
+    table = _table("signal", ("value", RIGHT), ("contribution", RIGHT), ("more than average", RIGHT))
+    for name, value in sorted(entry.signals.items(), key=lambda pair: -abs(apart.get(pair[0], 0.0))):
+        added = entry.contributions.get(name, 0.0)
+        table.add_row(name, f"{value:.3f}", f"{added:+.3f}", f"{apart.get(name, 0.0):+.3f}")
     return table
 
 
@@ -138,14 +159,13 @@ def segments_table(segments: Sequence[Segment]) -> Table:
 
 def hits_table(hits: Sequence[Hit]) -> Table:
     """Search results with their scores."""
-    names = sorted({name for hit in hits for name in hit.signals})
-    table = _table(("seq", RIGHT), ("score", RIGHT), *((name, RIGHT) for name in names), "who", "text")
-    for hit in hits:
-        signals = [f"{hit.signals[name]:.3f}" if name in hit.signals else "-" for name in names]
+    table = _table(("seq", RIGHT), ("score", RIGHT), "more than the average hit", "who", "text")
+    for hit, reasons in zip(hits, set_apart(hits), strict=True):
         segment = hit.segment
         table.add_row(
-            f"#{segment.seq}", f"{hit.score:.4f}", *signals, plain(segment.who), plain(snippet(segment.text, 200))
-        )
+            f"#{segment.seq}", f"{hit.score:.3f}", _reasons(reasons, hit.signals), plain(segment.who),
+            plain(snippet(segment.text, 200)),
+        )  # fmt: skip
     return table
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from memory_os.protocols import MemoryView
-from memory_os.recall import learned
 from memory_os.types import Candidate, Choice, Decision, Form, Reason, Segment
+from memory_os.weights import learned
 
 __all__ = ["AutoController", "confidence", "statement"]
 

@@ -10,20 +10,18 @@ Clarke and Buettcher 2009): the sum over the rankings of ``1 / (60 + rank)``.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memory_os import signals as s
 from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
 from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
 from memory_os.question import Question, read_question
 from memory_os.types import Hit, Namespace
+from memory_os.weights import learned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,20 +31,13 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-__all__ = ["Recall", "Recalled", "Scored", "fuse", "learned"]
+__all__ = ["Recall", "Recalled", "Scored", "fuse"]
 
 RRF_K = 60
 SEARCH = 128
 """Either search offers so many at least."""
 SURROUNDINGS = 2
 """So many turns to either side of what was found are candidates too."""
-
-
-@cache
-def learned() -> Mapping[str, Any]:
-    """The learned weights, with their provenance."""
-    weights: dict[str, Any] = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
-    return weights
 
 
 @dataclass(frozen=True, slots=True)

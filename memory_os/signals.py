@@ -136,8 +136,9 @@ def late_signals(near: Neighbours, best: Matrix, weights: Vector) -> dict[str, V
     for step in range(1, REACH):
         wide = np.maximum(wide, near.shifted(best, near.before[step], -1.0))
         wide = np.maximum(wide, near.shifted(best, near.after[step], -1.0))
-    whole = np.full((len(best), near.n_sessions), -1.0, dtype=np.float32)
-    np.maximum.at(whole, (slice(None), near.session), best)
+    order = np.argsort(near.session, kind="stable")
+    starts = np.searchsorted(near.session[order], np.arange(near.n_sessions))
+    whole = np.maximum.reduceat(best[:, order], starts, axis=1)
     return {
         "late": late,
         "late_mean": best.mean(axis=0),
@@ -175,9 +176,8 @@ def token_weights(corpus: Corpus, text: str, spans: Sequence[tuple[int, int]], n
         terms = terms_of(text[start:end] if at is None else words[at][2])
         weights.append(max((corpus.idf(term, n) for term in terms[:4]), default=0.1))
     shared = [of_word.count(at) if at is not None else 1 for at in of_word]
-    each = np.array(weights, dtype=np.float32) / np.array(shared, dtype=np.float32)
-    total: Vector = each / max(float(each.sum()), 1e-9)
-    return total
+    each: Vector = (np.array(weights) / np.array(shared)).astype(np.float32)
+    return np.asarray(each / max(float(each.sum()), 1e-9), dtype=np.float32)
 
 
 def _window_bm25(corpus: Corpus, rows: Ints, near: Neighbours, terms: Sequence[str], n: int) -> Vector:
@@ -187,16 +187,16 @@ def _window_bm25(corpus: Corpus, rows: Ints, near: Neighbours, terms: Sequence[s
     window = [rows, *near.rows_before[:2]]
     lengths = np.append(corpus.rows["n_terms"][:n], 0.0)  # row -1 is the empty one
     mean = 3.0 * max(float(lengths[:n].mean()), 1e-9) if n else 1.0
-    norm = K1 * (1.0 - B + B * sum(lengths[each] for each in window) / mean)
+    norm = K1 * (1.0 - B + B * np.sum([lengths[each] for each in window], axis=0) / mean)
     scores, most = np.zeros(len(rows), dtype=np.float32), 0.0
     for term in terms:
         found, occurrences = corpus.postings(term, n)
         if len(found):
             often = np.zeros(n + 1, dtype=np.float32)
             often[found] = occurrences
-            count = sum(often[each] for each in window)
+            count: Vector = np.sum([often[each] for each in window], axis=0)
             weight = idf(n, len(found))
-            scores += weight * count * (K1 + 1.0) / (count + norm)
+            scores = scores + weight * count * (K1 + 1.0) / (count + norm)
             most += weight * (K1 + 1.0)
     return scores / max(most, 1e-9)
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from memory_os.types import Account, Action, Form, LedgerEntry, Outcome, Reason, Segment, Trace
 
-__all__ = ["Finding", "explain", "ledger_to_dicts", "trace_from_dict", "trace_to_dict"]
+__all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict"]
 
 FORMAT = 1
+
+
+class Weighed(Protocol):
+    """What has a score that is a sum."""
+
+    @property
+    def contributions(self) -> Mapping[str, float]:
+        """What each signal added."""
 
 
 def ledger_to_dicts(ledger: tuple[LedgerEntry, ...]) -> list[dict[str, Any]]:
@@ -61,6 +69,20 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
             "outcome": Outcome(fields["outcome"]),
         }
     )
+
+
+def set_apart(candidates: Sequence[Weighed]) -> list[list[tuple[str, float]]]:
+    """For each candidate its contributions less the average candidate's, the weightiest first, zeros left out.
+
+    What all candidates share says nothing about why this one; ``candidates`` are ledger entries or hits.
+    """
+    names = {name: None for candidate in candidates for name in candidate.contributions}
+    means = {name: sum(c.contributions.get(name, 0.0) for c in candidates) / len(candidates) for name in names}
+    apart = []
+    for candidate in candidates:
+        differences = [(name, round(candidate.contributions.get(name, 0.0) - means[name], 3)) for name in names]
+        apart.append(sorted(((n, d) for n, d in differences if d), key=lambda pair: (-abs(pair[1]), pair[0])))
+    return apart
 
 
 @dataclass(frozen=True, slots=True)

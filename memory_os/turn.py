@@ -21,8 +21,9 @@ from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
 from memory_os.pack import Frame, fit_flash, pack, render_line
 from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
-from memory_os.recall import Recall, learned
+from memory_os.recall import Recall
 from memory_os.types import Candidate, Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+from memory_os.weights import learned
 
 __all__ = ["Options", "Parts", "prepare", "run_turn"]
 

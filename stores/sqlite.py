@@ -324,7 +324,7 @@ class SqliteStore:
             if any(end not in (None, fingerprint) for end in (first, last)):
                 query = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
                 stale = connection.execute(query).scalar_one()
-        return State(*(number or 0 for number in numbers), listed + stale)
+        return State._make(number or 0 for number in (*numbers, listed + stale))
 
     def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
         """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
@@ -390,8 +390,9 @@ class SqliteStore:
         tokens: Sequence[bytes] | None = None,
     ) -> None:
         """Store vectors, replacing older ones, and strike the work off; ids that are gone by now are passed over."""
-        rows = zip(ids, matrix, tokens or [None] * len(ids), strict=True)
-        blobs = {id_: (row.astype("<f4").tobytes(), parts) for id_, row, parts in rows}
+        by_token: Sequence[bytes | None] = tokens or [None] * len(ids)
+        rows = zip(ids, matrix, by_token, strict=True)
+        blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(list(blobs)):

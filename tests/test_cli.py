@@ -102,7 +102,8 @@ def test_search_history_stats_and_their_json(memos, chat):
     assert "Miso" in memos("search", "cat")[1]
     [hit] = json.loads(memos("search", "cat", "-k", 1, "--json")[1])
     assert hit["segment"]["text"] == "My cat is called Miso."
-    assert set(hit["signals"]) <= {"dense", "lexical"}
+    assert hit["score"] == pytest.approx(sum(hit["contributions"].values()), abs=0.01)
+    assert set(hit["contributions"]) == set(hit["signals"]) >= {"dense", "lexical", "speaker"}
     assert "harbour museum" in memos("history")[1]
     assert [s["seq"] for s in json.loads(memos("history", "--last", 2, "--json")[1])] == [2, 3]
     assert json.loads(memos("stats", "--json")[1])["segments"] == 3

@@ -174,7 +174,8 @@ def test_search_gives_k_hits_with_their_signals(memory):
     hits = scope.search("kite 3", k=4)
     assert len(hits) == 4
     assert hits[0].segment.text == "kite number 3"
-    assert set(hits[0].signals) == {"dense", "lexical"}
+    assert set(hits[0].signals) == set(hits[0].contributions) >= {"dense", "lexical", "length"}
+    assert hits[0].score == pytest.approx(sum(hits[0].contributions.values()), abs=0.01)
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
     with pytest.raises(ConfigError):
         scope.search("kite", k=0)

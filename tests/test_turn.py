@@ -176,8 +176,8 @@ def test_tools_count_against_the_budget(path):
     tool = {"type": "function", "function": {"name": "search", "description": "Look something up. " * 20}}
     with opened(path) as memory:
         scope = memory.namespace("a")
-        for fact in FACTS * 5:
-            scope.add(fact)
+        for i, fact in enumerate(FACTS * 5):
+            scope.add(f"{fact} ({i})")
         without = scope.context("my cat", budget=300)
         with_tool = scope.context("my cat", budget=300, tools=[tool])
         assert with_tool.account.total <= 300
@@ -186,24 +186,19 @@ def test_tools_count_against_the_budget(path):
 
 
 def test_why_names_the_stage_that_lost_a_segment(path):
-    with opened(
-        path, ScriptedLLM(lambda messages: "Hm."), budget=170, flash_turns=2, controller_options={"min_dense": 0.99}
-    ) as memory:
+    with opened(path, ScriptedLLM(lambda messages: "Hm."), budget=100, flash_turns=2) as memory:
         scope = memory.namespace("a")
         for fact in FACTS:
             scope.session("old").add(fact)
         long = scope.session("old").add("About the cat: " + "she sleeps and eats and plays. " * 60)
         flash = scope.session("new").add("By the way, hello.")
         reply = scope.session("new").chat("What is my cat called?")
-        weak = next(e for e in reply.trace.ledger if e.seq == 4)
 
         def stage(ref):
             finding = scope.why(reply.trace.id, expect=ref)[1]
             return finding.stage, finding.present
 
-        assert weak.signals["dense"] < 0.99
         assert stage(1) == ("context", True)
-        assert stage(4) == ("decide", False)
         assert stage(long.id) in [("pack", False), ("context", True)]
         assert stage(flash.seq) == ("flash", True)
         assert stage(reply.segment.id) == ("stored", False)

@@ -1,0 +1,18 @@
+"""What recall weighs its signals by: learned, with their provenance (``weights.json``, benchmarks/train_recall.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["learned"]
+
+
+@cache
+def learned() -> Mapping[str, Any]:
+    """The weights: ``with_tokens`` and ``without_tokens`` by signal, ``price``, ``abstention``, ``provenance``."""
+    weights: dict[str, Any] = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
+    return weights
