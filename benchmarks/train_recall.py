@@ -2,8 +2,8 @@
 
     python benchmarks/train_recall.py --data ../shared/data/locomo_dev.json [--projection]
 
-``memory_os/weights.json`` holds the weights with their provenance; ``adapters/minilm_tokens.npy`` (``--projection``) the
-directions to which token vectors are projected. Learn on the development conversations only.
+``memory_os/weights.json`` holds the weights with their provenance; ``adapters/minilm_tokens.npy`` (``--projection``)
+the directions to which token vectors are projected. Learn on the development conversations only.
 
 A question's evidence turns are told from all other candidates by a softmax over the candidates (ListNet, Cao et al.
 2007) of a linear score, with an L2 penalty on standardised weights. Everything reported is cross-validated: each
@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +28,11 @@ from numpy.typing import NDArray
 
 from memory_os import Memory
 from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
-from memory_os.ingest import parse_time
-from memory_os.memory import Scope
+from memory_os.benchmarks.locomo import evidence_of, turns_of
+from memory_os.benchmarks.measure import store
 from memory_os.pack import render_line
 from memory_os.question import KINDS
 from memory_os.recall import Scored
-from memory_os.types import NewSegment
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (512, 1024, 2048)
@@ -75,25 +73,6 @@ class Example:
     evidence: NDArray[np.int64]  # positions among the candidates; missing ones are not there
     n_evidence: int
     n_query: int
-
-
-def stored(scope: Scope, conversation: dict[str, Any]) -> dict[str, str]:
-    """Store a conversation; ``{dialogue id: segment id}``."""
-    inner = conversation["conversation"]
-    new: list[NewSegment] = []
-    for number in sorted(int(m[1]) for field in inner if (m := re.fullmatch(r"session_(\d+)", field))):
-        when = parse_time(inner[f"session_{number}_date_time"])
-        for turn in inner[f"session_{number}"]:
-            new.append(
-                NewSegment(turn["text"], str(number), speaker=turn["speaker"], created_at=when, key=turn["dia_id"])
-            )
-    return {segment.key or "": segment.id for segment in scope.add_many(new)}
-
-
-def evidence_of(question: dict[str, Any]) -> list[str]:
-    """Dialogue ids, also where they are written ``D8:6; D9:17`` or ``D:11:26``."""
-    found = re.findall(r"D:?(\d+):(\d+)", " ".join(question["evidence"]))
-    return list(dict.fromkeys(f"D{int(session)}:{int(turn)}" for session, turn in found))
 
 
 def expanded(scored: Scored, names: Sequence[str]) -> Array:
@@ -238,13 +217,7 @@ def main() -> None:
     conversations = json.loads(options.data.read_text(encoding="utf-8"))
     if options.projection:
         learn_projection(
-            [
-                f"{turn['speaker']}: {turn['text']}"
-                for c in conversations
-                for field, turns in c["conversation"].items()
-                if re.fullmatch(r"session_\d+", field)
-                for turn in turns
-            ]
+            [f"{turn.speaker}: {turn.text}" for conversation in conversations for turn in turns_of(conversation)]
         )
     examples: list[Example] = []
     names: list[str] = []
@@ -254,7 +227,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Memory.open(Path(folder) / "m.db", embedder="minilm") as memory:
         for number, conversation in enumerate(conversations):
             scope = memory.namespace(str(number))
-            segment_ids = stored(scope, conversation)
+            segment_ids = store(scope, turns_of(conversation))
             every = {s.id: s for s in memory.parts.store.get(scope.labels, list(segment_ids.values())).values()}
             costs = {id_: memory.parts.counter.count_text(render_line(s) + "\n") for id_, s in every.items()}
             for question in conversation["qa"]:
