@@ -20,6 +20,7 @@ from memory_os.memory import Memory, Scope
 from memory_os.types import Action, Context, Form, NewSegment, Role
 
 __all__ = [
+    "SHARED",
     "TOKENIZER",
     "Conversation",
     "Progress",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 TOKENIZER = "cl100k_base"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""The project's evaluation data, beside a checkout; elsewhere nothing is there."""
 WARM_UP = 3
 SESSIONS = 10
 

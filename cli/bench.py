@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from memory_os.cli import render
+from memory_os.cli import figures, render
 from memory_os.cli.common import Json
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["app"]
 
@@ -46,18 +43,17 @@ def locomo(
     JSON: overall {budget: {recall, all, tokens, n}}, by_category {category: {budget: ...}}, session_recall_at_10,
     latency_ms {p50, p95, query_embedding_p50}, peers {name: {budget: ...}}, left_out.
     """
-    from memory_os.benchmarks import locomo
-    from memory_os.benchmarks.measure import measure
+    from memory_os.benchmarks import locomo, measure
 
     limits, peers, file = numbers(budgets), words(compare), plot_file(plot, "bench-locomo.png", json, no_plot)
     conversations, left_out = locomo.read(data)
     with progress() as show:
-        report = measure(
+        report = measure.measure(
             conversations, budgets=limits, compare=peers, embedder=embedder, left_out=left_out, by_session=True,
             progress=show,
         )  # fmt: skip
     names = {key: f"{key} {name}" for key, name in locomo.CATEGORIES.items()}
-    print_report(report, json, "LoCoMo", names)
+    figures.print_report(report, json, "LoCoMo", names)
     draw_curves(file, report, "LoCoMo: evidence in the context")
 
 
@@ -79,17 +75,89 @@ def dialogues(
     JSON: as memos bench locomo, by_category with the files' names and the questions' modes, and partly: the share of
     evidence that entered cut.
     """
-    from memory_os.benchmarks import dialogues
-    from memory_os.benchmarks.measure import measure
+    from memory_os.benchmarks import dialogues, measure
 
     limits, peers = numbers(budgets), words(compare)
     conversations, left_out = dialogues.read([*data, *(more or [])])
     with progress() as show:
-        report = measure(
+        report = measure.measure(
             conversations, budgets=limits, compare=peers, embedder=embedder, left_out=left_out, partly=True,
             progress=show,
         )  # fmt: skip
-    print_report(report, json, "Dialogues", {})
+    figures.print_report(report, json, "Dialogues", {})
+
+
+@app.command()
+def needle(
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")
+    ] = None,
+    more: More = None,
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens, with commas.")] = "4k,16k,64k,256k,1M",
+    depths: Annotated[str, typer.Option("--depths", help="Where the facts are, in percent.")] = "0,25,50,75,100",
+    budget: Annotated[int, typer.Option("--budget", min=1, help="Tokens of the context.")] = 512,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Plantings to average over.")] = 2,
+    compare: Annotated[str, typer.Option("--compare", help="Peers beside us: rrf.")] = "",
+    json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="The plot's file; bench-needle.png, and none with --json.")
+    ] = None,
+    no_plot: NoPlot = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Plant invented facts in books and see whether a question brings the fact's sentence into the context.
+
+    English facts are planted in English books and Chinese ones in Chinese books.
+
+    Example: memos bench needle --data jane_eyre.txt --lengths 4k,64k --compare rrf
+
+    JSON: recall {language: {length: {depth: percent}}}, overall {language: percent}, peers {name: the same two},
+    budget, trials.
+    """
+    from memory_os.benchmarks import measure, needle
+    from memory_os.errors import InvalidInputError
+
+    sizes, places, peers = numbers(lengths), numbers(depths), words(compare)
+    if 0 in sizes:
+        raise typer.BadParameter("a length is at least 1 token")
+    file = plot_file(plot, "bench-needle.png", json, no_plot)
+    files = [*(data or []), *(more or [])] or sorted(measure.SHARED.glob("*.txt"))
+    if not files:
+        raise InvalidInputError("no books given; name them with --data FILE")
+    with progress() as show:
+        report = needle.measure(
+            needle.books(files), lengths=sizes, depths=places, budget=budget, compare=peers, trials=trials,
+            embedder=embedder, progress=show,
+        )  # fmt: skip
+    if json:
+        render.print_json(report)
+    else:
+        figures.print_needles(report)
+    draw_maps(file, report)
+
+
+@app.command()
+def speed(
+    data: Annotated[Path | None, typer.Option("--data", help="Turns and questions, of LoCoMo's form.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds to take the median of.")] = 5,
+    segments: Annotated[str, typer.Option("--segments", help="How many are stored, with commas.")] = "10k,100k",
+    json: Json = False,
+) -> None:
+    """Measure ingest, context and start, as ratios against a peer in the same run. Takes some minutes.
+
+    Example: memos bench speed --data locomo.json --rounds 3
+
+    JSON: machine, start {help_s, import_s}, ingest, context (a list, by number of segments).
+    """
+    from memory_os.benchmarks import run
+
+    limits = numbers(segments)
+    with render.talk().status("Measuring"):
+        results = run.measure(data or run.DATA, rounds=rounds, segments=limits)
+    if json:
+        render.print_json(results)
+    else:
+        figures.print_speed(results)
 
 
 # -- what is given -----------------------------------------------------------------------------------------------------
@@ -163,56 +231,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def print_report(report: dict[str, Any], json: bool, title: str, names: dict[str, str]) -> None:
-    """The report: JSON, or tables for people.
-
-    :param names: what the categories are called.
-    """
-    if report.get("disagreements"):
-        render.talk().print(
-            f"{report['disagreements']} times the ledger called evidence activated whose text is not in the messages."
-        )
-    if json:
-        render.print_json(report)
-        return
-    out = render.out()
-    out.print(render.plain(f"{title}: share of the evidence in the context", "bold"))
-    out.print(overall_table(report))
-    out.print()
-    out.print(category_table(report["by_category"], names))
-    out.print()
-    if report["session_recall_at_10"] is not None:
-        out.print(f"Sessions of the evidence among the first 10: {report['session_recall_at_10']:.1f} %")
-    ms = report["latency_ms"]
-    out.print(
-        f"context(): p50 {ms['p50']:.1f} ms, p95 {ms['p95']:.1f} ms; "
-        f"the query's embedding alone: p50 {ms['query_embedding_p50']:.1f} ms"
-    )
-    if report["left_out"]:
-        out.print(f"Left out, because nothing is known to answer them: {report['left_out']} questions")
-
-
-def overall_table(report: dict[str, Any]) -> Table:
-    """Us by budget, and beside us the peers' recall."""
-    first = next(iter(report["overall"].values()))
-    columns = [name for name in ("recall", "partly", "all", "tokens", "n") if name in first]
-    table = render.figures_table("budget", *columns, *report["peers"])
-    for budget, figure in report["overall"].items():
-        ours = [f"{figure[name]:.0f}" if name in ("tokens", "n") else f"{figure[name]:.1f}" for name in columns]
-        table.add_row(budget, *ours, *(f"{peer[budget]['recall']:.1f}" for peer in report["peers"].values()))
-    return table
-
-
-def category_table(by_category: dict[str, Any], names: dict[str, str]) -> Table:
-    """Recall by category and budget."""
-    budgets = list(next(iter(by_category.values())))
-    table = render.figures_table("category", *budgets, "n")
-    for category, figures in by_category.items():
-        row = [f"{figures[budget]['recall']:.1f}" for budget in budgets]
-        table.add_row(render.plain(names.get(category, category)), *row, str(figures[budgets[0]]["n"]))
-    return table
-
-
 def draw_curves(file: Path | None, report: dict[str, Any], title: str) -> None:
     """Recall against tokens, ours and the peers'."""
     from memory_os.benchmarks import plot
@@ -220,6 +238,19 @@ def draw_curves(file: Path | None, report: dict[str, Any], title: str) -> None:
     everyone = {"memory_os": report["overall"], **report["peers"]}
     series = {name: [(f["tokens"], f["recall"]) for f in figures.values()] for name, figures in everyone.items()}
     drawn(file, lambda target: plot.curves(target, title, series))
+
+
+def draw_maps(file: Path | None, report: dict[str, Any]) -> None:
+    """Recall by length and depth, ours and the peers', a map for each language."""
+    from memory_os.benchmarks import plot
+
+    everyone = {"memory_os": report["recall"], **{name: peer["recall"] for name, peer in report["peers"].items()}}
+    tables = {f"{name}, {language}": rows for name, tables in everyone.items() for language, rows in tables.items()}
+    maps = {title: [list(row.values()) for row in rows.values()] for title, rows in tables.items()}
+    first = next(iter(tables.values()))
+    lengths, depths = [f"{int(length):,}" for length in first], list(next(iter(first.values())))
+    title = f"Planted facts in a context of {report['budget']} tokens, %"
+    drawn(file, lambda target: plot.heat_maps(target, title, maps, lengths, depths))
 
 
 def drawn(file: Path | None, draw: Callable[[Path], None]) -> None:
