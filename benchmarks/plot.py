@@ -64,7 +64,7 @@ def heat_maps(
 
     :raises MissingExtraError: without matplotlib.
     """
-    figure = _figure(1.5 + 4 * len(maps), 1.6 + 0.55 * len(rows))
+    figure = _figure(1.5 + 4 * len(maps), 2.0 + 0.55 * len(rows))
     figure.suptitle(title)
     grid = figure.subplots(1, len(maps), squeeze=False)[0]
     for axes, (name, values) in zip(grid, maps.items(), strict=True):

@@ -107,12 +107,12 @@ def fit(examples: Sequence[Example], columns: NDArray[np.int64]) -> NDArray[np.f
         mask[i, :size] = 0.0
         target[i, example.evidence] = 1.0 / len(example.evidence)
     weights = torch.zeros(len(columns), requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=80, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weights], max_iter=80, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         scores = values @ weights + mask
-        value = -(target * torch.log_softmax(scores, dim=1)).sum(dim=1).mean() + L2 * (weights**2).sum()
+        value: Any = -(target * torch.log_softmax(scores, dim=1)).sum(dim=1).mean() + L2 * (weights**2).sum()
         value.backward()
         return value
 
@@ -158,13 +158,13 @@ def calibrated(yes: Sequence[list[float]], no: Sequence[list[float]], names: Seq
     values = torch.tensor([*yes, *no])
     labels = torch.tensor([1.0] * len(yes) + [0.0] * len(no))
     weights = torch.zeros(len(names) + 1, requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         logits = values @ weights[1:] + weights[0]
         balance = torch.where(labels > 0, len(no) / len(labels), len(yes) / len(labels))
-        value = (
+        value: Any = (
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, balance) + 1e-4 * (weights**2).sum()
         )
         value.backward()

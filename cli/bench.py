@@ -117,9 +117,7 @@ def needle(
     from memory_os.benchmarks import measure, needle
     from memory_os.errors import InvalidInputError
 
-    sizes, places, peers = numbers(lengths), numbers(depths), words(compare)
-    if 0 in sizes:
-        raise typer.BadParameter("a length is at least 1 token")
+    sizes, places, peers = numbers(lengths), numbers(depths, least=0), words(compare)
     file = plot_file(plot, "bench-needle.png", json, no_plot)
     files = [*(data or []), *(more or [])] or sorted(measure.SHARED.glob("*.txt"))
     if not files:
@@ -172,19 +170,21 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def numbers(text: str, scale: int = 1000) -> list[int]:
+def numbers(text: str, least: int = 1) -> list[int]:
     """Whole numbers between commas, with k for thousands and M for millions.
 
     >>> numbers("512,4k,1M")
     [512, 4000, 1000000]
     """
-    units = {"k": scale, "m": scale * scale}
+    units = {"k": 1_000, "m": 1_000_000}
     found = []
     for word in words(text):
         unit = units.get(word[-1].lower(), 1)
         digits = word[:-1] if unit > 1 else word
-        if not digits.isdecimal() or int(digits) < 0:
+        if not digits.isdecimal():
             raise typer.BadParameter(f"{word!r} is not a whole number")
+        if int(digits) < least:
+            raise typer.BadParameter(f"{word} is not at least {least}")
         found.append(int(digits) * unit)
     if not found:
         raise typer.BadParameter("give at least one number")
