@@ -47,7 +47,7 @@ BY_KIND = (
 )  # fmt: skip
 """The signals whose weight may depend on the kind of the question."""
 PRICES = (0.0, 0.2, 0.4, 0.6, 0.8)
-PASS = 0.99
+PASS = 0.998
 """The share of answerable questions that the abstention threshold lets through."""
 SMALL_TALK = (
     "Hi!", "Hello there", "Good morning!", "Thanks!", "Thank you so much", "Okay, great.", "Bye, see you later",
@@ -151,18 +151,21 @@ def cross_validated(examples: Sequence[Example], columns: NDArray[np.int64]) -> 
     }
 
 
-def calibrated(yes: Sequence[list[float]], no: Sequence[list[float]], names: Sequence[str]) -> dict[str, Any]:
+def calibrated(
+    yes: Sequence[list[float]], foreign: Sequence[list[float]], chat: Sequence[list[float]], names: Sequence[str]
+) -> dict[str, Any]:
     """A logistic model of the best signals: answerable questions against small talk and other people's questions."""
     import torch
 
+    no = [*foreign, *chat]
     values = torch.tensor([*yes, *no])
     labels = torch.tensor([1.0] * len(yes) + [0.0] * len(no))
-    weights = torch.zeros(len(names) + 1, requires_grad=True)
+    weights = torch.ones(len(names) + 1, requires_grad=True)
     solver: Any = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
-        logits = values @ weights[1:] + weights[0]
+        logits = values @ weights[1:] ** 2 + weights[0]  # more of a signal never makes it less sure
         balance = torch.where(labels > 0, len(no) / len(labels), len(yes) / len(labels))
         value: Any = (
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, balance) + 1e-4 * (weights**2).sum()
@@ -172,19 +175,22 @@ def calibrated(yes: Sequence[list[float]], no: Sequence[list[float]], names: Seq
 
     solver.step(loss)
     with torch.no_grad():
-        sure = torch.sigmoid(values @ weights[1:] + weights[0]).numpy()
+        slopes = weights[1:] ** 2
+        sure = torch.sigmoid(values @ slopes + weights[0]).numpy()
     for share in (0.98, 0.99, 0.995, 0.998, 1.0):
         limit = np.quantile(sure[: len(yes)], 1.0 - share)
-        print(f"abstention: {share} of the answerable pass, and {(sure[len(yes) :] >= limit).mean():.3f} of the others")
+        asked, talked = (float((part >= limit).mean()) for part in np.split(sure[len(yes) :], [len(foreign)]))
+        print(f"of the answerable pass {share}, of others' questions {asked:.3f}, of small talk {talked:.3f}")
     threshold = float(np.quantile(sure[: len(yes)], 1.0 - PASS))
     return {
         "weights": {
             "constant": round(weights[0].item(), 4),
-            **{name: round(weight, 4) for name, weight in zip(names, weights[1:].tolist(), strict=True)},
+            **{name: round(weight, 4) for name, weight in zip(names, slopes.tolist(), strict=True)},
         },
         "threshold": round(threshold, 4),
         "answerable_let_through": round(float((sure[: len(yes)] >= threshold).mean()), 4),
-        "others_let_through": round(float((sure[len(yes) :] >= threshold).mean()), 4),
+        "foreign_let_through": round(float((sure[len(yes) : -len(chat)] >= threshold).mean()), 4),
+        "small_talk_let_through": round(float((sure[-len(chat) :] >= threshold).mean()), 4),
     }  # fmt: skip
 
 
@@ -223,7 +229,8 @@ def main() -> None:
     names: list[str] = []
     yes: list[list[float]] = []
     no: list[list[float]] = []
-    sure_by = ("dense", "late", "late_exact", "late_three", "lexical", "lexical_window")
+    chat: list[list[float]] = []
+    sure_by = ("dense", "late", "late_exact", "lexical", "lexical_rest")
     with tempfile.TemporaryDirectory() as folder, Memory.open(Path(folder) / "m.db", embedder="minilm") as memory:
         for number, conversation in enumerate(conversations):
             scope = memory.namespace(str(number))
@@ -253,10 +260,11 @@ def main() -> None:
                 )
                 yes.append(best_signals(scored, sure_by))
             others = [q["question"] for c in conversations if c is not conversation for q in c["qa"]][::7]
-            for text in [*others, *SMALL_TALK * 4]:
-                scored = memory.parts.recall.score(scope.labels, text, k=POOL)
-                if scored and "late" in scored.signals:
-                    no.append(best_signals(scored, sure_by))
+            for texts, found_in in ((others, no), (SMALL_TALK, chat)):
+                for text in texts:
+                    scored = memory.parts.recall.score(scope.labels, text, k=POOL)
+                    if scored and "late" in scored.signals:
+                        found_in.append(best_signals(scored, sure_by))
     found = np.mean([len(e.evidence) / e.n_evidence for e in examples])
     print(f"{len(examples)} questions; {100 * found:.1f}% of the evidence is among the candidates")
     with_tokens = np.arange(len(names))
@@ -267,7 +275,7 @@ def main() -> None:
         for price, row in report[title].items():
             print(title, "price", price, "  ".join(f"{budget}: {value:.1f}" for budget, value in row.items()))
     price = max(PRICES, key=lambda p: sum(report["with_tokens"][p].values()))
-    abstention = calibrated(yes, no, sure_by)
+    abstention = calibrated(yes, no, chat, sure_by)
     print("price", price, "abstention", abstention)
     weights: dict[str, Any] = {
         title: {names[i]: round(float(w), 4) for i, w in zip(columns, fit(examples, columns), strict=True)}

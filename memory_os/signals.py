@@ -29,6 +29,7 @@ __all__ = [
 REACH = 3
 """How many turns of the session to either side belong to a segment's surroundings."""
 SHARPNESS = 6.0  # of late_exact: exp(6 (cosine - 1)) is 1 for the same word, 0.05 at a cosine of 0.5
+SHORT_TOKENS = 80.0  # a text up to so long leans on its surroundings wholly
 DATE_DAYS = 20.0  # a session so many days from a named date counts 1/e
 
 
@@ -51,6 +52,7 @@ class Neighbours:
             self.rows_after.append(after)
         self.before = [place[row] for row in self.rows_before]
         self.after = [place[row] for row in self.rows_after]
+        self._reliance = np.minimum(1.0, SHORT_TOKENS / np.maximum(corpus.rows["n_tokens"][rows], 1.0))
         sessions, self.session = np.unique(corpus.rows["session"][rows], return_inverse=True)
         self.n_sessions = len(sessions)
 
@@ -59,6 +61,15 @@ class Neighbours:
         import numpy as np
 
         return np.where(places >= 0, values[..., places], np.float32(missing))
+
+    def leant(self, own: Vector, around: Vector) -> Vector:
+        """Each row's own value where its text is long, the value of its surroundings where it is short.
+
+        "Yes, last week!" means nothing without the turn before it; a page does not need its neighbours, and must not
+        be found for what they say.
+        """
+        blended: Vector = own + self._reliance * (around - own)
+        return blended
 
     def session_best(self, values: Vector, k: int = 3) -> Vector:
         """For each row the mean of the ``k`` highest values in its session."""
@@ -89,13 +100,13 @@ def plain_signals(
     own = lexical[rows]
     signals = {
         "dense": dense,
-        "dense_before": near.shifted(dense, near.before[0]),
-        "dense_after": near.shifted(dense, near.after[0]),
+        "dense_before": near.leant(dense, near.shifted(dense, near.before[0])),
+        "dense_after": near.leant(dense, near.shifted(dense, near.after[0])),
         "dense_session": near.session_best(dense),
         "lexical": own,
-        "lexical_before": near.shifted(own, near.before[0]),
-        "lexical_after": near.shifted(own, near.after[0]),
-        "lexical_window": _window_bm25(corpus, rows, near, question.terms, n),
+        "lexical_before": near.leant(own, near.shifted(own, near.before[0])),
+        "lexical_after": near.leant(own, near.shifted(own, near.after[0])),
+        "lexical_window": near.leant(own, _window_bm25(corpus, rows, near, question.terms, n)),
         "lexical_session": near.session_best(own),
         "lexical_rest": own if question.rest == question.terms else corpus.bm25(question.rest, n)[rows],
         "speaker": zeros,
@@ -131,11 +142,11 @@ def late_signals(near: Neighbours, best: Matrix, weights: Vector) -> dict[str, V
         "late": late,
         "late_mean": best.mean(axis=0),
         "late_exact": weights @ np.exp(SHARPNESS * (best - 1.0)),
-        "late_before": near.shifted(late, near.before[0]),
-        "late_after": near.shifted(late, near.after[0]),
-        "late_pair": weights @ pair,
-        "late_three": weights @ three,
-        "late_wide": weights @ wide,
+        "late_before": near.leant(late, near.shifted(late, near.before[0])),
+        "late_after": near.leant(late, near.shifted(late, near.after[0])),
+        "late_pair": near.leant(late, weights @ pair),
+        "late_three": near.leant(late, weights @ three),
+        "late_wide": near.leant(late, weights @ wide),
         "late_session": near.session_best(late),
         "late_session_whole": (weights @ whole)[near.session],
     }
