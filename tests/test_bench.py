@@ -179,6 +179,19 @@ def test_dialogues_count_what_entered_and_what_entered_cut(memos, tmp_path):
     assert (code, "partly" in out) == (0, True)
 
 
+def test_evidence_that_entered_cut_is_told_apart(memos, tmp_path):
+    """The only turn is longer than the budget: it enters cut, and that is not recall."""
+    asked = {"id": "d", "question": "Who kept the lighthouse and the geese?", "answer": "The lighthouse keeper Osvald"}
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps({"dialogues": [{"id": "d", "dialogue": [LONG]}], "questions": [asked]}))
+    arguments = ["--embedder", "hash", "--budgets", "200,1000"]
+    overall = json.loads(memos("bench", "dialogues", "--data", file, "--json", *arguments)[1])["overall"]
+    assert [(overall[budget]["recall"], overall[budget]["partly"]) for budget in ("200", "1000")] == [
+        (0, 100),
+        (100, 0),
+    ]
+
+
 def test_facts_are_planted_at_their_depths():
     book = needle.Book([f" Sentence number {number}." for number in range(100)], [4] * 100)
     facts = [(f"Fact {n}.", "?") for n in range(3)]
