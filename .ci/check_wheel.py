@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-FOLDERS = ("memory_os", "stores", "controllers", "adapters", "cli")
+FOLDERS = ("memory_os", "stores", "controllers", "adapters", "cli", "benchmarks")
 
 
 def main(dist: Path, root: Path) -> None:

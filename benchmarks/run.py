@@ -1,4 +1,4 @@
-"""Speed, as ratios against a peer in the same run: ``make bench``.
+"""Speed, as ratios against a peer in the same run: ``make bench``, ``memos bench speed``.
 
 - ingest: the SDK's ``ingest`` of real turns, against the bare encoder at the same precision and batch size, and against
   stock float32 ``SentenceTransformer.encode``;
@@ -19,32 +19,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
 from memory_os import Memory, NewSegment
 from memory_os.adapters.huggingface import cpu_has_bfloat16
 from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
+from memory_os.benchmarks import locomo
+from memory_os.benchmarks.measure import SHARED
+from memory_os.errors import InvalidInputError, MemoryOSError
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "locomo_dev.json"
+DATA = SHARED / "locomo_dev.json"
 BATCH = 32
 
 
-def turns_and_questions() -> tuple[list[str], list[str]]:
+def turns_and_questions(data: Path) -> tuple[list[str], list[str]]:
     """Real conversation turns and the questions asked of them."""
-    if not DATA.exists():
-        sys.exit(f"needs the evaluation data at {DATA}")
-    turns: list[str] = []
-    questions: list[str] = []
-    for sample in json.loads(DATA.read_text()):
-        sessions = (value for value in sample["conversation"].values() if isinstance(value, list))
-        turns += [turn["text"] for session in sessions for turn in session if turn["text"].strip()]
-        questions += [item["question"] for item in sample["qa"]]
+    conversations, _ = locomo.read(data)
+    turns = [turn.text for conversation in conversations for turn in conversation.turns]
+    questions = [question.text for conversation in conversations for question in conversation.questions]
+    if not questions:
+        raise InvalidInputError("there is no question in it", source=str(data))
     return turns, questions
 
 
@@ -105,7 +103,7 @@ def bench_context(turns: list[str], questions: list[str], n_segments: int, folde
         for question in questions[:10]:
             scope.context(question, budget=1024)
         embed, whole = [], []
-        for question in questions[:: len(questions) // 100]:
+        for question in questions[:: max(1, len(questions) // 100)]:
             embed.append(1000 * seconds(embedder.embed_query, question))
             whole.append(1000 * seconds(scope.context, question, budget=1024))
     e50, c50 = statistics.median(embed), statistics.median(whole)
@@ -131,20 +129,31 @@ def bench_start(rounds: int) -> dict[str, float]:
     }
 
 
+def measure(data: Path, *, rounds: int, segments: Sequence[int]) -> dict[str, Any]:
+    """All of it, ready for JSON."""
+    turns, questions = turns_and_questions(data)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    results: dict[str, Any] = {"machine": machine}
+    with tempfile.TemporaryDirectory() as folder:
+        results["start"] = bench_start(rounds)
+        results["ingest"] = bench_ingest(turns, rounds)
+        results["context"] = [bench_context(turns, questions, n, Path(folder)) for n in segments]
+    return results
+
+
 def main() -> None:
     """Run all and print."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--segments", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    turns, questions = turns_and_questions()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    results: dict[str, object] = {"machine": machine}
-    with tempfile.TemporaryDirectory() as folder:
-        results["start"] = bench_start(options.rounds)
-        results["ingest"] = bench_ingest(turns, options.rounds)
-        results["context"] = [bench_context(turns, questions, n, Path(folder)) for n in options.segments]
+    try:
+        results = measure(options.data, rounds=options.rounds, segments=options.segments)
+    except MemoryOSError as error:
+        sys.exit(f"Error: {error}")
     print(json.dumps(results, indent=2))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +28,11 @@ from numpy.typing import NDArray
 
 from memory_os import Memory
 from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
-from memory_os.ingest import parse_time
-from memory_os.memory import Scope
+from memory_os.benchmarks.locomo import evidence_of, turns_of
+from memory_os.benchmarks.measure import store
 from memory_os.pack import render_line
 from memory_os.question import KINDS
 from memory_os.recall import Scored
-from memory_os.types import NewSegment
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (512, 1024, 2048)
@@ -77,25 +75,6 @@ class Example:
     n_query: int
 
 
-def stored(scope: Scope, conversation: dict[str, Any]) -> dict[str, str]:
-    """Store a conversation; ``{dialogue id: segment id}``."""
-    inner = conversation["conversation"]
-    new: list[NewSegment] = []
-    for number in sorted(int(m[1]) for field in inner if (m := re.fullmatch(r"session_(\d+)", field))):
-        when = parse_time(inner[f"session_{number}_date_time"])
-        for turn in inner[f"session_{number}"]:
-            new.append(
-                NewSegment(turn["text"], str(number), speaker=turn["speaker"], created_at=when, key=turn["dia_id"])
-            )
-    return {segment.key or "": segment.id for segment in scope.add_many(new)}
-
-
-def evidence_of(question: dict[str, Any]) -> list[str]:
-    """Dialogue ids, also where they are written ``D8:6; D9:17`` or ``D:11:26``."""
-    found = re.findall(r"D:?(\d+):(\d+)", " ".join(question["evidence"]))
-    return list(dict.fromkeys(f"D{int(session)}:{int(turn)}" for session, turn in found))
-
-
 def expanded(scored: Scored, names: Sequence[str]) -> Array:
     """Signals and, for the question's kinds, signals by kind; ``[candidates, len(names)]``."""
     zero = np.zeros(len(scored.ids), dtype=np.float32)
@@ -128,12 +107,12 @@ def fit(examples: Sequence[Example], columns: NDArray[np.int64]) -> NDArray[np.f
         mask[i, :size] = 0.0
         target[i, example.evidence] = 1.0 / len(example.evidence)
     weights = torch.zeros(len(columns), requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=80, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weights], max_iter=80, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         scores = values @ weights + mask
-        value = -(target * torch.log_softmax(scores, dim=1)).sum(dim=1).mean() + L2 * (weights**2).sum()
+        value: Any = -(target * torch.log_softmax(scores, dim=1)).sum(dim=1).mean() + L2 * (weights**2).sum()
         value.backward()
         return value
 
@@ -182,13 +161,13 @@ def calibrated(
     values = torch.tensor([*yes, *no])
     labels = torch.tensor([1.0] * len(yes) + [0.0] * len(no))
     weights = torch.ones(len(names) + 1, requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         logits = values @ weights[1:] ** 2 + weights[0]  # more of a signal never makes it less sure
         balance = torch.where(labels > 0, len(no) / len(labels), len(yes) / len(labels))
-        value = (
+        value: Any = (
             torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, balance) + 1e-4 * (weights**2).sum()
         )
         value.backward()
@@ -244,13 +223,7 @@ def main() -> None:
     conversations = json.loads(options.data.read_text(encoding="utf-8"))
     if options.projection:
         learn_projection(
-            [
-                f"{turn['speaker']}: {turn['text']}"
-                for c in conversations
-                for field, turns in c["conversation"].items()
-                if re.fullmatch(r"session_\d+", field)
-                for turn in turns
-            ]
+            [f"{turn.speaker}: {turn.text}" for conversation in conversations for turn in turns_of(conversation)]
         )
     examples: list[Example] = []
     names: list[str] = []
@@ -261,7 +234,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Memory.open(Path(folder) / "m.db", embedder="minilm") as memory:
         for number, conversation in enumerate(conversations):
             scope = memory.namespace(str(number))
-            segment_ids = stored(scope, conversation)
+            segment_ids = store(scope, turns_of(conversation))
             every = {s.id: s for s in memory.parts.store.get(scope.labels, list(segment_ids.values())).values()}
             costs = {id_: memory.parts.counter.count_text(render_line(s) + "\n") for id_, s in every.items()}
             for question in conversation["qa"]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import chat, data, inspect
+from memory_os.cli import bench, chat, data, inspect
 
 __all__ = ["app", "run"]
 
@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(bench.app, name="bench")
 
 
 def run() -> None:

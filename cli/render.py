@@ -22,6 +22,7 @@ __all__ = [
     "context_to_dict",
     "contributions_table",
     "count_of",
+    "figures_table",
     "hits_table",
     "ledger_table",
     "out",
@@ -175,6 +176,11 @@ def pairs_table(rows: Mapping[str, Sequence[str] | str], *columns: str) -> Table
     for name, cells in rows.items():
         table.add_row(name, *([plain(cells)] if isinstance(cells, str) else [plain(cell) for cell in cells]))
     return table
+
+
+def figures_table(label: str, *columns: str) -> Table:
+    """An empty table of figures: a label, then numbers."""
+    return _table((label, {"no_wrap": True}), *((column, RIGHT) for column in columns))
 
 
 def account_line(account: Account) -> str:

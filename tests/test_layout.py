@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("memory_os", "stores", "controllers", "adapters", "cli")
+FOLDERS = ("memory_os", "stores", "controllers", "adapters", "cli", "benchmarks")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # What the middle folders may see of the core, and who may see more.
@@ -32,7 +32,7 @@ WIRES_LAZILY = {"memory_os/__init__.py", "memory_os/memory.py", "memory_os/aio.p
 
 HEAVY = {
     "alembic", "chromadb", "langchain", "langchain_core", "langgraph", "pydantic", "pydantic_settings",
-    "sentence_transformers", "sqlalchemy", "tiktoken", "torch", "transformers",
+    "matplotlib", "sentence_transformers", "sqlalchemy", "tiktoken", "torch", "transformers",
 }  # fmt: skip
 HEAVY_AT_TOP = {"stores": {"sqlalchemy", "alembic"}, "memory_os/config.py": {"pydantic", "pydantic_settings"}}
 
@@ -56,7 +56,7 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path) for path in FILES}
 
 
-# Imports run one way: cli -> build -> {adapters, controllers, stores} -> core.
+# Imports run one way: cli -> benchmarks -> facade, and cli -> build -> {adapters, controllers, stores} -> core.
 
 
 def imports(node: ast.AST, lazy: bool = False) -> Iterator[tuple[str, bool]]:
@@ -85,9 +85,11 @@ def allowed(importer: str, module: str, lazy: bool) -> bool:
     if not first:
         return False  # relative
     if folder == "cli":
-        return True
-    if importer == "memory_os/build.py":
+        return target != "benchmarks" or (importer == "cli/bench.py" and lazy)
+    if folder == "benchmarks":
         return target != "cli"
+    if importer == "memory_os/build.py":
+        return target not in ("cli", "benchmarks")
     if folder == "memory_os":
         return target not in FOLDERS and (target != "build" or (importer in WIRES_LAZILY and lazy))
     return target == folder or target in VALUES | EXCEPTIONS.get(importer, set())
@@ -111,6 +113,10 @@ def test_imports_run_one_way(path: Path):
         ("memory_os/turn.py", "from memory_os.build import build_parts"),
         ("memory_os/memory.py", "from memory_os import build"),
         ("memory_os/build.py", "import memory_os.cli.main"),
+        ("memory_os/build.py", "def f():\n    import memory_os.benchmarks.peers"),
+        ("benchmarks/measure.py", "from memory_os.cli import render"),
+        ("cli/inspect.py", "def f():\n    from memory_os.benchmarks import locomo"),
+        ("cli/bench.py", "from memory_os.benchmarks import locomo"),
         ("stores/sqlite.py", "from memory_os.controllers.auto import AutoController"),
         ("controllers/auto.py", "from memory_os import Memory"),
         ("controllers/auto.py", "from . import recency"),
@@ -129,7 +135,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path):
     assert not at_top & forbidden, f"move these into the function that uses them: {at_top & forbidden}"
 
 
-@pytest.mark.parametrize("name", ["stores", "controllers", "adapters", "cli"])
+@pytest.mark.parametrize("name", ["stores", "controllers", "adapters", "cli", "benchmarks"])
 def test_the_folders_have_one_name_only(name: str):
     """``import stores`` would be a second copy, with other classes. Run plain ``pytest``, not ``python -m pytest``."""
     spec = importlib.util.find_spec(name)

@@ -1,0 +1,269 @@
+"""``memos bench``: measure recall and speed on data of one's own, beside simpler retrievers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memory_os.cli import figures, render
+from memory_os.cli.common import Json
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Measure recall and speed, beside simpler retrievers.", no_args_is_help=True)
+
+Compare = Annotated[str, typer.Option("--compare", help="Peers beside us, with commas: bm25, chroma, recency, rrf.")]
+Embedder = Annotated[str, typer.Option("--embedder", help="minilm, st:NAME or hash.")]
+NoPlot = Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")]
+More = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files.", show_default=False)]
+
+
+@app.command()
+def locomo(
+    data: Annotated[Path, typer.Option("--data", help="A file of LoCoMo's form.")],
+    budgets: Annotated[str, typer.Option("--budgets", help="Tokens, with commas.")] = "256,512,1024,2048,4096",
+    compare: Compare = "",
+    json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="The plot's file; bench-locomo.png, and none with --json.")
+    ] = None,
+    no_plot: NoPlot = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure how much of the evidence for questions about very long conversations enters the context.
+
+    Peers get the same texts at equal tokens. Progress goes to standard error.
+
+    Example: memos bench locomo --data locomo.json --budgets 512,1024 --compare rrf,chroma
+
+    JSON: overall {budget: {recall, all, tokens, n}}, by_category {category: {budget: ...}}, session_recall_at_10,
+    latency_ms {p50, p95, query_embedding_p50}, peers {name: {budget: ...}}, left_out.
+    """
+    from memory_os.benchmarks import locomo, measure
+
+    limits, peers, file = numbers(budgets), words(compare), plot_file(plot, "bench-locomo.png", json, no_plot)
+    conversations, left_out = locomo.read(data)
+    with progress() as show:
+        report = measure.measure(
+            conversations, budgets=limits, compare=peers, embedder=embedder, left_out=left_out, by_session=True,
+            progress=show,
+        )  # fmt: skip
+    names = {key: f"{key} {name}" for key, name in locomo.CATEGORIES.items()}
+    figures.print_report(report, json, "LoCoMo", names)
+    draw_curves(file, report, "LoCoMo: evidence in the context")
+
+
+@app.command()
+def dialogues(
+    data: Annotated[list[Path], typer.Option("--data", help="A file of the form of SCM's dialogues.")],
+    more: More = None,
+    budgets: Annotated[str, typer.Option("--budgets", help="Tokens, with commas.")] = "512,1024",
+    compare: Compare = "",
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure the same for long dialogues with an assistant, where evidence is found by the reference answer's words.
+
+    A turn is evidence if it holds at least 60 % of the distinct words of the answer; questions without are left out.
+
+    Example: memos bench dialogues --data dialogues_en.json dialogues_zh.json --compare rrf
+
+    JSON: as memos bench locomo, by_category with the files' names and the questions' modes, and partly: the share of
+    evidence that entered cut.
+    """
+    from memory_os.benchmarks import dialogues, measure
+
+    limits, peers = numbers(budgets), words(compare)
+    conversations, left_out = dialogues.read([*data, *(more or [])])
+    with progress() as show:
+        report = measure.measure(
+            conversations, budgets=limits, compare=peers, embedder=embedder, left_out=left_out, partly=True,
+            progress=show,
+        )  # fmt: skip
+    figures.print_report(report, json, "Dialogues", {})
+
+
+@app.command()
+def needle(
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")
+    ] = None,
+    more: More = None,
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens, with commas.")] = "4k,16k,64k,256k,1M",
+    depths: Annotated[str, typer.Option("--depths", help="Where the facts are, in percent.")] = "0,25,50,75,100",
+    budget: Annotated[int, typer.Option("--budget", min=1, help="Tokens of the context.")] = 512,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Plantings to average over.")] = 2,
+    compare: Annotated[str, typer.Option("--compare", help="Peers beside us: rrf.")] = "",
+    json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="The plot's file; bench-needle.png, and none with --json.")
+    ] = None,
+    no_plot: NoPlot = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Plant invented facts in books and see whether a question brings the fact's sentence into the context.
+
+    English facts are planted in English books and Chinese ones in Chinese books.
+
+    Example: memos bench needle --data jane_eyre.txt --lengths 4k,64k --compare rrf
+
+    JSON: recall {language: {length: {depth: percent}}}, overall {language: percent}, peers {name: the same two},
+    budget, trials.
+    """
+    from memory_os.benchmarks import measure, needle
+    from memory_os.errors import InvalidInputError
+
+    sizes, places, peers = numbers(lengths), numbers(depths, least=0), words(compare)
+    file = plot_file(plot, "bench-needle.png", json, no_plot)
+    files = [*(data or []), *(more or [])] or sorted(measure.SHARED.glob("*.txt"))
+    if not files:
+        raise InvalidInputError("no books given; name them with --data FILE")
+    with progress() as show:
+        report = needle.measure(
+            needle.books(files), lengths=sizes, depths=places, budget=budget, compare=peers, trials=trials,
+            embedder=embedder, progress=show,
+        )  # fmt: skip
+    if json:
+        render.print_json(report)
+    else:
+        figures.print_needles(report)
+    draw_maps(file, report)
+
+
+@app.command()
+def speed(
+    data: Annotated[Path | None, typer.Option("--data", help="Turns and questions, of LoCoMo's form.")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds to take the median of.")] = 5,
+    segments: Annotated[str, typer.Option("--segments", help="How many are stored, with commas.")] = "10k,100k",
+    json: Json = False,
+) -> None:
+    """Measure ingest, context and start, as ratios against a peer in the same run. Takes some minutes.
+
+    Example: memos bench speed --data locomo.json --rounds 3
+
+    JSON: machine, start {help_s, import_s}, ingest, context (a list, by number of segments).
+    """
+    from memory_os.benchmarks import run
+
+    limits = numbers(segments)
+    with render.talk().status("Measuring"):
+        results = run.measure(data or run.DATA, rounds=rounds, segments=limits)
+    if json:
+        render.print_json(results)
+    else:
+        figures.print_speed(results)
+
+
+# -- what is given -----------------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """What stands between the commas.
+
+    >>> words("rrf, bm25,")
+    ['rrf', 'bm25']
+    """
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, least: int = 1) -> list[int]:
+    """Whole numbers between commas, with k for thousands and M for millions.
+
+    >>> numbers("512,4k,1M")
+    [512, 4000, 1000000]
+    """
+    units = {"k": 1_000, "m": 1_000_000}
+    found = []
+    for word in words(text):
+        unit = units.get(word[-1].lower(), 1)
+        digits = word[:-1] if unit > 1 else word
+        if not digits.isdecimal():
+            raise typer.BadParameter(f"{word!r} is not a whole number")
+        if int(digits) < least:
+            raise typer.BadParameter(f"{word} is not at least {least}")
+        found.append(int(digits) * unit)
+    if not found:
+        raise typer.BadParameter("give at least one number")
+    return found
+
+
+def plot_file(given: Path | None, default: str, json: bool, no_plot: bool) -> Path | None:
+    """Where to draw; ``None`` for nowhere. Checked before anything is measured."""
+    from memory_os.benchmarks.plot import writable
+
+    if no_plot and given:
+        raise typer.BadParameter("either --plot or --no-plot")
+    if no_plot or (json and not given):
+        return None
+    return writable(given or Path(default))
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, a line per part elsewhere; both on standard error."""
+    console = render.talk()
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(part: str, done: int, total: int) -> None:
+            if part not in seen:
+                seen.add(part)
+                console.print(f"{done} of {total}: {part}", markup=False)
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Measuring", total=None)
+
+        def show(part: str, done: int, total: int) -> None:
+            bar.update(task, description=part, completed=done, total=total)
+
+        yield show
+
+
+def draw_curves(file: Path | None, report: dict[str, Any], title: str) -> None:
+    """Recall against tokens, ours and the peers'."""
+    from memory_os.benchmarks import plot
+
+    everyone = {"memory_os": report["overall"], **report["peers"]}
+    series = {name: [(f["tokens"], f["recall"]) for f in figures.values()] for name, figures in everyone.items()}
+    drawn(file, lambda target: plot.curves(target, title, series))
+
+
+def draw_maps(file: Path | None, report: dict[str, Any]) -> None:
+    """Recall by length and depth, ours and the peers', a map for each language."""
+    from memory_os.benchmarks import plot
+
+    everyone = {"memory_os": report["recall"], **{name: peer["recall"] for name, peer in report["peers"].items()}}
+    tables = {f"{name}, {language}": rows for name, tables in everyone.items() for language, rows in tables.items()}
+    maps = {title: [list(row.values()) for row in rows.values()] for title, rows in tables.items()}
+    first = next(iter(tables.values()))
+    lengths, depths = [f"{int(length):,}" for length in first], list(next(iter(first.values())))
+    title = f"Planted facts in a context of {report['budget']} tokens, %"
+    drawn(file, lambda target: plot.heat_maps(target, title, maps, lengths, depths))
+
+
+def drawn(file: Path | None, draw: Callable[[Path], None]) -> None:
+    """Draw, and say where; without matplotlib say in one line what is missing."""
+    from memory_os.errors import MissingExtraError
+
+    if file is None:
+        return
+    try:
+        draw(file)
+    except MissingExtraError as error:
+        render.talk().print(str(error), markup=False, soft_wrap=True)
+    except OSError as error:
+        render.talk().print(f"{file}: cannot write it: {error.strerror}", markup=False, soft_wrap=True)
+    else:
+        render.talk().print(f"The plot is {file}", markup=False, soft_wrap=True)

@@ -1,0 +1,91 @@
+"""What ``memos bench`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memory_os.cli import render
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["print_needles", "print_report", "print_speed"]
+
+
+def print_report(report: dict[str, Any], json: bool, title: str, names: dict[str, str]) -> None:
+    """The report: JSON, or tables for people.
+
+    :param names: what the categories are called.
+    """
+    if report.get("disagreements"):
+        render.talk().print(
+            f"{report['disagreements']} times the ledger called evidence activated whose text is not in the messages."
+        )
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    out.print(render.plain(f"{title}: share of the evidence in the context", "bold"))
+    out.print(overall_table(report))
+    out.print()
+    out.print(category_table(report["by_category"], names))
+    out.print()
+    if report["session_recall_at_10"] is not None:
+        out.print(f"Sessions of the evidence among the first 10: {report['session_recall_at_10']:.1f} %")
+    ms = report["latency_ms"]
+    out.print(
+        f"context(): p50 {ms['p50']:.1f} ms, p95 {ms['p95']:.1f} ms; "
+        f"the query's embedding alone: p50 {ms['query_embedding_p50']:.1f} ms"
+    )
+    if report["left_out"]:
+        out.print(f"Left out, because nothing is known to answer them: {report['left_out']} questions")
+
+
+def overall_table(report: dict[str, Any]) -> Table:
+    """Us by budget, and beside us the peers' recall."""
+    first = next(iter(report["overall"].values()))
+    columns = [name for name in ("recall", "partly", "all", "tokens", "n") if name in first]
+    table = render.figures_table("budget", *columns, *report["peers"])
+    for budget, figure in report["overall"].items():
+        ours = [f"{figure[name]:.0f}" if name in ("tokens", "n") else f"{figure[name]:.1f}" for name in columns]
+        table.add_row(budget, *ours, *(f"{peer[budget]['recall']:.1f}" for peer in report["peers"].values()))
+    return table
+
+
+def category_table(by_category: dict[str, Any], names: dict[str, str]) -> Table:
+    """Recall by category and budget."""
+    budgets = list(next(iter(by_category.values())))
+    table = render.figures_table("category", *budgets, "n")
+    for category, figures in by_category.items():
+        row = [f"{figures[budget]['recall']:.1f}" for budget in budgets]
+        table.add_row(render.plain(names.get(category, category)), *row, str(figures[budgets[0]]["n"]))
+    return table
+
+
+def print_needles(report: dict[str, Any]) -> None:
+    """A table of length by depth for each language, ours and then the peers'."""
+    out = render.out()
+    out.print(f"[bold]Planted facts in a context of {report['budget']} tokens, %[/]")
+    everyone = {"memory_os": report, **report["peers"]}
+    for language in report["recall"]:
+        for name, figures in everyone.items():
+            rows = figures["recall"][language]
+            depths = list(next(iter(rows.values())))
+            table = render.figures_table(f"{name}, {language}", *(f"depth {depth} %" for depth in depths))
+            for length, row in rows.items():
+                table.add_row(f"{int(length):,} tokens", *(f"{value:.0f}" for value in row.values()))
+            out.print()
+            out.print(table)
+            out.print(f"{name}, {language}, all in all: {figures['overall'][language]:.1f} %")
+
+
+def print_speed(results: dict[str, Any]) -> None:
+    """What was measured, part by part."""
+    out = render.out()
+    out.print(f"Machine: {results['machine']}", markup=False)
+    parts = {"start": results["start"], "ingest": results["ingest"]}
+    parts |= {f"context, {figures['segments']:,} segments": figures for figures in results["context"]}
+    for title, figures in parts.items():
+        cells = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in figures.items()}
+        out.print()
+        out.print(render.pairs_table(cells, title, "measured"))

@@ -1,0 +1,298 @@
+"""``memos bench``: what it counts, checked by hand on small data, and what it does with bad data."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from memory_os.benchmarks import dialogues, locomo, needle, peers
+from memory_os.benchmarks.measure import Turn, measure
+from memory_os.cli.main import run
+from memory_os.errors import InvalidInputError, UnknownNameError
+
+LONG = "I told you about the lighthouse keeper Osvald and his seven geese. " + "It went on and on for hours. " * 60
+KEYS = {"overall", "by_category", "session_recall_at_10", "latency_ms", "peers", "left_out"}
+
+
+def said(key, speaker, text):
+    return {"dia_id": key, "speaker": speaker, "text": text}
+
+
+LOCOMO = [
+    {
+        "sample_id": "tiny",
+        "conversation": {
+            "speaker_a": "Ana",
+            "speaker_b": "Ben",
+            "session_1_date_time": "1:56 pm on 8 May, 2023",
+            "session_1": [
+                said("D1:1", "Ana", "I adopted a tabby cat called Miso."),
+                said("D1:2", "Ben", "I started to play the trombone."),
+                said("D1:3", "Ben", " "),
+            ],
+            "session_2_date_time": "10:00 am on 1 June, 2023",
+            "session_2": [
+                said("D2:1", "Ana", LONG),
+                said("D2:2", "Ben", "My trombone is stolen."),
+            ],
+        },
+        "qa": [
+            {"question": "What is Ana's tabby cat called?", "evidence": ["D1:1"], "category": 4},
+            {"question": "Which cat and which geese does Ana know?", "evidence": ["D1:1; D02:01"], "category": 1},
+            {"question": "When did Ana tell of Osvald's geese?", "evidence": ["D:2:1", "D9:9"], "category": 2},
+            {"question": "Does Ana like Mozart?", "evidence": [], "category": 3},
+            {"question": "Would Ben like brass bands?", "category": 3},
+            {"question": "Who stole the trombone of Ben?", "evidence": ["D2:2"], "category": 5},
+            {"question": "Who stole the cat?", "evidence": [], "category": 5},
+        ],
+    }
+]
+
+
+@pytest.fixture
+def memos(tmp_path, monkeypatch, capfd):
+    """Run a command in this process and an empty folder: ``(exit code, stdout, stderr)``."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["memos", *map(str, arguments)])
+        try:
+            run()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(LOCOMO))
+    return file
+
+
+def test_evidence_is_read_however_it_is_written():
+    assert locomo.evidence_of({"evidence": ["D8:6; D9:17", "D:11:26", "D8:06", "", "D"]}) == ["D8:6", "D9:17", "D11:26"]
+    assert locomo.evidence_of({}) == []
+
+
+def test_locomo_is_read_as_its_readers_expect(tiny):
+    [conversation], left_out = locomo.read(tiny)
+    assert left_out == 2  # category 5 without evidence is not missed
+    assert [turn.key for turn in conversation.turns] == ["D1:1", "D1:2", "D2:1", "D2:2"]  # blank text says nothing
+    assert conversation.turns[0].when.isoformat() == "2023-05-08T13:56:00+00:00"
+    assert [(q.evidence, q.counted) for q in conversation.questions] == [
+        (("D1:1",), True), (("D1:1", "D2:1"), True), (("D2:1",), True), (("D2:2",), False),
+    ]  # fmt: skip
+
+
+def test_recall_is_what_a_hand_counts(memos, tiny):
+    """The long turn is over 300 tokens: 1, 1/2 and 0 of the evidence fits; in 2,048 tokens all of it."""
+    arguments = ["--embedder", "hash", "--budgets", "300,2048", "--compare", "recency,bm25,rrf,chroma"]
+    code, out, err = memos("bench", "locomo", "--data", tiny, "--json", *arguments)
+    report = json.loads(out)
+    assert (code, set(report)) == (0, KEYS)
+    small, large = report["overall"]["300"], report["overall"]["2048"]
+    assert (small["recall"], small["all"], small["n"]) == (50.0, 33.33, 3)
+    assert (large["recall"], large["all"], large["n"]) == (100.0, 100.0, 3)
+    assert small["tokens"] <= 300
+    assert {name: figures["300"]["recall"] for name, figures in report["by_category"].items()} == {
+        "1": 50.0, "2": 0.0, "4": 100.0,
+    }  # fmt: skip
+    assert report["session_recall_at_10"] == 100.0
+    assert report["left_out"] == 2
+    assert set(report["latency_ms"]) == {"p50", "p95", "query_embedding_p50"}
+    for name in ("recency", "bm25", "rrf", "chroma"):
+        assert (report["peers"][name]["300"]["recall"], report["peers"][name]["2048"]["recall"]) == (50.0, 100.0)
+        assert set(report["peers"][name]["300"]) == {"recall", "all", "tokens", "n"}
+    assert "tiny" in err
+    assert not Path("bench-locomo.png").exists()  # JSON is for programs
+
+
+def test_locomo_prints_tables_and_draws(memos, tiny):
+    pytest.importorskip("matplotlib")
+    arguments = ["--embedder", "hash", "--budgets", "300,2048", "--compare", "rrf"]
+    code, out, err = memos("bench", "locomo", "--data", tiny, *arguments)
+    assert code == 0
+    assert "1 multi-hop" in out
+    assert "query's embedding alone" in out
+    assert "The plot is bench-locomo.png" in err
+    assert Path("bench-locomo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_one_line_says_what_to_install(memos, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = memos("bench", "locomo", "--data", tiny, "--embedder", "hash", "--budgets", "300")
+    assert (code, "1 multi-hop" in out) == (0, True)
+    assert 'pip install "memory-os[bench]"' in err
+    assert not Path("bench-locomo.png").exists()
+
+
+def test_a_conversation_is_chunked_into_whole_lines():
+    turns = [Turn(str(number), "s", "word " * 80, speaker="Ana") for number in range(5)]
+    chunks, holds = peers.chunked(turns)
+    assert [sorted(keys) for keys in holds] == [["0", "1"], ["2", "3"], ["4"]]
+    assert all(len(chunk) <= 1000 for chunk in chunks)
+
+
+def test_a_peer_passes_over_what_does_not_fit():
+    pieces = peers.Pieces([5, 9, 4, 1], [frozenset("a"), frozenset("b"), frozenset("cd"), frozenset("e")])
+    assert pieces.filled([0, 1, 2, 3], 10) == ({"a", "c", "d", "e"}, 10)
+
+
+def test_silver_evidence_holds_most_of_the_answer():
+    turns = [
+        Turn("0", "s", "The harbour museum opens at nine on Mondays."),
+        Turn("1", "s", "The museum is near the harbour."),
+        Turn("2", "s", "Nothing of the kind."),
+    ]
+    # harbour, museum, opens, nine, Mondays: the first holds 5 of 5, the second 2 of 5
+    assert dialogues.silver("The harbour museum opens at nine on Mondays", turns) == ("0",)
+    # harbour, museum, far: 2 of 3 are enough
+    assert dialogues.silver("far harbour museum", turns) == ("0", "1")
+    assert dialogues.silver("?", turns) == ()
+
+
+def test_dialogues_count_what_entered_and_what_entered_cut(memos, tmp_path):
+    data = {
+        "dialogues": [{"id": "d", "dialogue": ["My cat is called Miso.", "Noted.", LONG, "I see."]}],
+        "questions": [
+            {"id": "d", "mode": "single-turn", "question": "What is my cat called?", "answer": "Your cat is Miso"},
+            {"id": "d", "mode": "single-turn", "question": "What is unheard of?", "answer": "Quantum chromodynamics"},
+            {"id": "other", "mode": "single-turn", "question": "Cat?", "answer": "Miso"},
+        ],
+    }
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps(data))
+    arguments = ["--embedder", "hash", "--budgets", "300", "--compare", "rrf"]
+    report = json.loads(memos("bench", "dialogues", "--data", file, "--json", *arguments)[1])
+    figure = report["overall"]["300"]
+    assert (figure["recall"], figure["partly"], figure["n"], report["left_out"]) == (100.0, 0.0, 1, 1)
+    assert set(report["by_category"]) == {"talks", "single-turn"}
+    assert report["peers"]["rrf"]["300"]["recall"] == 100.0
+    code, out, _ = memos("bench", "dialogues", "--data", file, *arguments)
+    assert (code, "partly" in out) == (0, True)
+
+
+def test_evidence_that_entered_cut_is_told_apart(memos, tmp_path):
+    """The only turn is longer than the budget: it enters cut, and that is not recall."""
+    asked = {"id": "d", "question": "Who kept the lighthouse and the geese?", "answer": "The lighthouse keeper Osvald"}
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps({"dialogues": [{"id": "d", "dialogue": [LONG]}], "questions": [asked]}))
+    arguments = ["--embedder", "hash", "--budgets", "200,1000"]
+    overall = json.loads(memos("bench", "dialogues", "--data", file, "--json", *arguments)[1])["overall"]
+    assert [(overall[budget]["recall"], overall[budget]["partly"]) for budget in ("200", "1000")] == [
+        (0, 100),
+        (100, 0),
+    ]
+
+
+def test_facts_are_planted_at_their_depths():
+    book = needle.Book([f" Sentence number {number}." for number in range(100)], [4] * 100)
+    facts = [(f"Fact {n}.", "?") for n in range(3)]
+    text = needle.planted(book, 400, [0, 50, 100], facts, start=0).text
+    assert text.startswith("Fact 0. Sentence number 0.")
+    assert "number 49. Fact 1. Sentence number 50." in text
+    assert text.endswith("Sentence number 99. Fact 2.")
+    longer = needle.planted(book, 800, [50], facts[:1], start=90).text  # the book begins again
+    assert longer.count("Sentence number 5.") == 2
+    assert longer.startswith(" Sentence number 90.")
+
+
+def test_sentences_are_the_text_and_end_where_sentences_end():
+    text = "Mr. Fox ran. “Stop!” said J. Hare.\n\n却说曹操大喜。“善！”遂行。"
+    parts = needle.sentences_of(text)
+    assert "".join(parts) == text
+    assert parts[:2] == ["Mr. Fox ran.", " “Stop!”"]
+    assert parts[-3:] == ["\n\n却说曹操大喜。", "“善！”", "遂行。"]
+
+
+def test_needles_are_found_in_books_of_either_language(memos, tmp_path):
+    english, chinese = tmp_path / "en.txt", tmp_path / "zh.txt"
+    english.write_text("\n\n".join(f"The ship of day {n} sailed on. Nobody spoke of it." for n in range(200)))
+    chinese.write_text("\n\n".join(f"却说第{n}日大军前行。众人不言。" for n in range(200)))
+    arguments = ["--lengths", "500,1k", "--depths", "0,100", "--budget", 4000, "--embedder", "hash", "--compare", "rrf"]
+    code, out, _ = memos("bench", "needle", "--data", english, chinese, *arguments, "--json")
+    report = json.loads(out)
+    assert (code, set(report)) == (0, {"recall", "overall", "peers", "budget", "trials"})
+    assert set(report["recall"]) == {"en", "zh"}
+    assert set(report["recall"]["en"]) == {"500", "1000"}
+    assert set(report["recall"]["en"]["500"]) == {"0", "100"}
+    assert report["peers"]["rrf"]["overall"] == {"en": 100.0, "zh": 100.0}  # all of it fits
+    code, out, _ = memos("bench", "needle", "--data", english, *arguments, "--plot", "maps.png")
+    assert (code, "depth 100 %" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{not json", "not JSON"),
+        ('{"a": 1}', "LoCoMo's form"),
+        ('[{"conversation": {}}]', "LoCoMo's form"),
+        ('[{"conversation": {"session_1": [{}]}, "qa": []}]', "LoCoMo's form"),
+        ("[]", "no conversation"),
+        ('[{"conversation": {}, "qa": []}]', "no question"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(memos, tmp_path, content, words):
+    file = tmp_path / "bad.json"
+    if content is not None:
+        file.write_text(content)
+    code, out, err = memos("bench", "locomo", "--data", file, "--embedder", "hash")
+    assert (code, words in err, "Traceback" in out + err) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["locomo", "--compare", "oracle"], 1, "known: bm25, chroma, recency, rrf"),
+        (["locomo", "--budgets", "many"], 2, "not a whole number"),
+        (["locomo", "--budgets", "0"], 2, "at least 1"),
+        (["locomo", "--plot", "no/such/folder/a.png"], 1, "create it first"),
+        (["locomo", "--plot", "a.pdf"], 1, "PNG"),
+        (["dialogues"], 1, "dialogues' form"),
+        (["needle", "--compare", "chroma"], 1, "known: rrf"),
+        (["needle", "--depths", "0,101"], 1, "from 0 to 100"),
+        (["speed", "--segments", "x"], 2, "not a whole number"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(memos, tiny, arguments, code, words):
+    got, out, err = memos("bench", *arguments, "--data", tiny)
+    assert (got, words in err, "Traceback" in out + err) == (code, True, False)
+
+
+def test_names_are_checked_before_anything_is_stored(tiny):
+    conversations, _ = locomo.read(tiny)
+    with pytest.raises(UnknownNameError):
+        measure(conversations, budgets=[300], compare=["nope"], embedder="hash")
+    with pytest.raises(InvalidInputError):
+        measure([], budgets=[300])
+
+
+@pytest.mark.slow
+def test_real_conversations_beside_a_peer(memos, shared_data):
+    arguments = ["--embedder", "hash", "--budgets", "512", "--compare", "recency", "--json"]
+    report = json.loads(memos("bench", "locomo", "--data", shared_data / "locomo_dev.json", *arguments)[1])
+    assert report["overall"]["512"]["n"] + report["left_out"] == 762
+    assert report["overall"]["512"]["recall"] > 10 * report["peers"]["recency"]["512"]["recall"]
+    assert "disagreements" not in report
+
+
+def test_real_dialogues_are_read(shared_data):
+    for language, n in (("en", 21), ("zh", 28)):
+        conversations, left_out = dialogues.read([shared_data / f"scm_dialogue_{language}_dev.json"])
+        assert sum(len(conversation.questions) for conversation in conversations) + left_out == n
+
+
+@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "speed"])
+def test_every_benchmark_has_help_with_an_example_and_json(memos, name):
+    code, out, _ = memos("bench", name, "--help")
+    assert code == 0
+    assert "Example: " in out
+    assert "JSON" in out
