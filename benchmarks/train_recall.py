@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from memory_os import Memory
 from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
+from memory_os.benchmarks import needle
+from memory_os.benchmarks.facts import FACTS
 from memory_os.benchmarks.locomo import evidence_of, turns_of
 from memory_os.benchmarks.measure import store
 from memory_os.pack import render_line
@@ -47,6 +49,9 @@ BY_KIND = (
 )  # fmt: skip
 """The signals whose weight may depend on the kind of the question."""
 PRICES = (0.0, 0.2, 0.4, 0.6, 0.8)
+BOOK_TOKENS = 16_000
+SURE_BY = ("dense", "late_exact")
+"""The signals by whose best values it is judged whether anything remembered is about a question."""
 PASS = 0.998
 """The share of answerable questions that the abstention threshold lets through."""
 SMALL_TALK = (
@@ -151,47 +156,74 @@ def cross_validated(examples: Sequence[Example], columns: NDArray[np.int64]) -> 
     }
 
 
+def of_documents(memory: Memory, folder: Path, data: Path) -> tuple[list[list[float]], list[list[float]]]:
+    """The best signals of questions about facts that are planted in books, and about facts that are not."""
+    planted: list[list[float]] = []
+    absent: list[list[float]] = []
+    for language, book in needle.books(sorted(data.glob("*.txt"))).items():
+        facts = FACTS[language]
+        half = len(facts) // 2
+        for trial, own in enumerate((facts[:half], facts[half : 2 * half])):
+            depths = [100 * i // (half - 1) for i in range(half)]
+            file = folder / f"{language}{trial}.txt"
+            start = trial * len(book.sentences) // 2
+            file.write_text(needle.planted(book, BOOK_TOKENS, depths, own, start).text, encoding="utf-8")
+            scope = memory.namespace("books", language, str(trial))
+            scope.ingest(file)
+            for fact in facts:
+                scored = memory.parts.recall.score(scope.labels, fact[1], k=POOL)
+                if scored and "late" in scored.signals:
+                    (planted if fact in own else absent).append(best_signals(scored, SURE_BY))
+    return planted, absent
+
+
 def calibrated(
-    yes: Sequence[list[float]], foreign: Sequence[list[float]], chat: Sequence[list[float]], names: Sequence[str]
-) -> dict[str, Any]:
-    """A logistic model of the best signals: answerable questions against small talk and other people's questions."""
+    yes: Sequence[list[float]], foreign: Sequence[list[float]], chat: Sequence[list[float]],
+    planted: Sequence[list[float]], absent: Sequence[list[float]],
+) -> dict[str, Any]:  # fmt: skip
+    """A logistic model of the best signals: answerable questions against small talk and other people's questions.
+
+    Questions about documents count more, because there are fewer of them.
+    """
     import torch
 
-    no = [*foreign, *chat]
-    values = torch.tensor([*yes, *no])
-    labels = torch.tensor([1.0] * len(yes) + [0.0] * len(no))
-    weights = torch.ones(len(names) + 1, requires_grad=True)
-    solver: Any = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    groups = {"answerable": yes, "planted": planted, "foreign": foreign, "small_talk": chat, "absent": absent}
+    counts = {"planted": 8.0, "absent": 8.0, "small_talk": 2.0}
+    values = torch.tensor([row for rows in groups.values() for row in rows])
+    labels = torch.tensor([float(name in ("answerable", "planted")) for name, rows in groups.items() for _ in rows])
+    each = torch.tensor([counts.get(name, 1.0) for name, rows in groups.items() for _ in rows])
+    for label in (0.0, 1.0):
+        each[labels == label] /= each[labels == label].sum()
+    weights = torch.ones(len(SURE_BY) + 1, requires_grad=True)
+    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         logits = values @ weights[1:] ** 2 + weights[0]  # more of a signal never makes it less sure
-        balance = torch.where(labels > 0, len(no) / len(labels), len(yes) / len(labels))
-        value: Any = (
-            torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, balance) + 1e-4 * (weights**2).sum()
-        )
+        lost = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, each, reduction="sum")
+        value = lost + 1e-4 * (weights**2).sum()
         value.backward()
         return value
 
     solver.step(loss)
     with torch.no_grad():
-        slopes = weights[1:] ** 2
-        sure = torch.sigmoid(values @ slopes + weights[0]).numpy()
-    for share in (0.98, 0.99, 0.995, 0.998, 1.0):
-        limit = np.quantile(sure[: len(yes)], 1.0 - share)
-        asked, talked = (float((part >= limit).mean()) for part in np.split(sure[len(yes) :], [len(foreign)]))
-        print(f"of the answerable pass {share}, of others' questions {asked:.3f}, of small talk {talked:.3f}")
-    threshold = float(np.quantile(sure[: len(yes)], 1.0 - PASS))
+        slopes = (weights[1:] ** 2).tolist()
+        sure = torch.sigmoid(values @ weights[1:] ** 2 + weights[0]).numpy()
+    ends = np.cumsum([len(rows) for rows in groups.values()])
+    by_group = dict(zip(groups, np.split(sure, ends[:-1]), strict=True))
+    for share in (0.98, 0.99, 0.995, PASS, 1.0):
+        limit = np.quantile(by_group["answerable"], 1.0 - share)
+        passing = {name: round(float((values >= limit).mean()), 3) for name, values in by_group.items()}
+        print(f"threshold {limit:.3f} lets through", passing)
+    threshold = float(np.quantile(by_group["answerable"], 1.0 - PASS))
     return {
         "weights": {
             "constant": round(weights[0].item(), 4),
-            **{name: round(weight, 4) for name, weight in zip(names, slopes.tolist(), strict=True) if weight > 0.001},
+            **{name: round(slope, 4) for name, slope in zip(SURE_BY, slopes, strict=True)},
         },
         "threshold": round(threshold, 4),
-        "answerable_let_through": round(float((sure[: len(yes)] >= threshold).mean()), 4),
-        "foreign_let_through": round(float((sure[len(yes) : -len(chat)] >= threshold).mean()), 4),
-        "small_talk_let_through": round(float((sure[-len(chat) :] >= threshold).mean()), 4),
-    }  # fmt: skip
+        "let_through": {name: round(float((values >= threshold).mean()), 4) for name, values in by_group.items()},
+    }
 
 
 def learn_projection(texts: Sequence[str]) -> None:
@@ -230,7 +262,6 @@ def main() -> None:
     yes: list[list[float]] = []
     no: list[list[float]] = []
     chat: list[list[float]] = []
-    sure_by = ("dense", "late", "late_exact", "lexical", "lexical_rest")
     with tempfile.TemporaryDirectory() as folder, Memory.open(Path(folder) / "m.db", embedder="minilm") as memory:
         for number, conversation in enumerate(conversations):
             scope = memory.namespace(str(number))
@@ -258,13 +289,14 @@ def main() -> None:
                         memory.parts.counter.count_text(question["question"]),
                     )
                 )
-                yes.append(best_signals(scored, sure_by))
+                yes.append(best_signals(scored, SURE_BY))
             others = [q["question"] for c in conversations if c is not conversation for q in c["qa"]][::7]
             for texts, found_in in ((others, no), (SMALL_TALK, chat)):
                 for text in texts:
                     scored = memory.parts.recall.score(scope.labels, text, k=POOL)
                     if scored and "late" in scored.signals:
-                        found_in.append(best_signals(scored, sure_by))
+                        found_in.append(best_signals(scored, SURE_BY))
+        planted, absent = of_documents(memory, Path(folder), options.data.parent)
     found = np.mean([len(e.evidence) / e.n_evidence for e in examples])
     print(f"{len(examples)} questions; {100 * found:.1f}% of the evidence is among the candidates")
     with_tokens = np.arange(len(names))
@@ -275,7 +307,7 @@ def main() -> None:
         for price, row in report[title].items():
             print(title, "price", price, "  ".join(f"{budget}: {value:.1f}" for budget, value in row.items()))
     price = max(PRICES, key=lambda p: sum(report["with_tokens"][p].values()))
-    abstention = calibrated(yes, no, chat, sure_by)
+    abstention = calibrated(yes, no, chat, planted, absent)
     print("price", price, "abstention", abstention)
     weights: dict[str, Any] = {
         title: {names[i]: round(float(w), 4) for i, w in zip(columns, fit(examples, columns), strict=True)}

@@ -27,10 +27,14 @@ __all__ = ["FORMATS", "batched", "check_text", "parse_time", "read_segments", "u
 T = TypeVar("T")
 
 FORMATS = ("text", "markdown", "chat")
-MAX_PASSAGE_CHARS = 1200
+MAX_PASSAGE_CHARS = 800
+"""About 180 tokens: several passages fit a context of 512, and none is cut off by a small embedder."""
+MAX_PASSAGE_SIGNS = 200
+"""The same where the text is Chinese, Japanese, Korean or Thai, whose characters cost a token and more each."""
 """Documents are cut at paragraphs, then sentences, into passages of at most so many characters (about 300 tokens)."""
 MAX_TEXT_CHARS = 1_000_000
 
+_SIGN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
@@ -218,11 +222,12 @@ def _follow_headings(passage: str, headings: list[str]) -> None:
 
 
 def _passages(text: str, *, markdown: bool) -> Iterator[tuple[int, int]]:
-    """Spans of neighbouring paragraphs, together at most ``MAX_PASSAGE_CHARS``; a Markdown heading starts a new one."""
+    """Spans of neighbouring paragraphs, together at most ``longest_passage``; a Markdown heading starts a new one."""
+    longest = longest_passage(text)
     open_start = open_end = -1
-    for start, end in _pieces(text):
+    for start, end in _pieces(text, longest):
         heading = markdown and _HEADING.match(text[start:end].split("\n", 1)[0])
-        if open_start >= 0 and (heading or end - open_start > MAX_PASSAGE_CHARS):
+        if open_start >= 0 and (heading or end - open_start > longest):
             yield open_start, open_end
             open_start = -1
         if open_start < 0:
@@ -232,15 +237,25 @@ def _passages(text: str, *, markdown: bool) -> Iterator[tuple[int, int]]:
         yield open_start, open_end
 
 
-def _pieces(text: str) -> Iterator[tuple[int, int]]:
+def longest_passage(text: str) -> int:
+    """Most characters of a passage of this text.
+
+    >>> longest_passage("Call me Ishmael."), longest_passage("话说天下大势，分久必合")
+    (800, 200)
+    """
+    signs = len(_SIGN.findall(text))
+    return MAX_PASSAGE_SIGNS if signs > len(text) / 5 else MAX_PASSAGE_CHARS
+
+
+def _pieces(text: str, longest: int) -> Iterator[tuple[int, int]]:
     """Spans of paragraphs; one that is too long is cut at sentences, and a sentence that is too long at the limit."""
     for start, end in _spans(text, 0, len(text), _PARAGRAPH):
-        if end - start <= MAX_PASSAGE_CHARS:
+        if end - start <= longest:
             yield start, end
             continue
         for low, high in _spans(text, start, end, _SENTENCE):
-            for cut in range(low, high, MAX_PASSAGE_CHARS):
-                yield cut, min(cut + MAX_PASSAGE_CHARS, high)
+            for cut in range(low, high, longest):
+                yield cut, min(cut + longest, high)
 
 
 def _spans(text: str, start: int, end: int, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:
