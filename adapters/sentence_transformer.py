@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +35,8 @@ __all__ = ["SentenceTransformerEmbedder"]
 
 TOKENS_PER_TEXT = 64  # about twice an ordinary turn: a batch holds batch_size times as many tokens
 TOKEN_DIMENSION = 64
+SCRIPT_TOKENS = 1000
+"""A script with fewer tokens in the vocabulary was hardly in what the model learned from; English BERT has 494 Han."""
 PLAIN = ("Transformer", "Pooling", "Normalize")
 
 
@@ -57,6 +62,7 @@ class SentenceTransformerEmbedder:
         self._lock = threading.Lock()
         self._loaded: tuple[Any, _FlatBert | None] | None = None
         self._notes: tuple[str, ...] = ()
+        self._scripts: Counter[str] | None = None
         self._folder = Path(self._source).expanduser()
         self.fingerprint = _fingerprint(model, self._folder)
         self._dimension = _dimension(self._folder)
@@ -106,6 +112,18 @@ class SentenceTransformerEmbedder:
             return TokenQuery(vector, vector[:0].reshape(0, 1), ())
         with _one_thread():
             return fast.query_by_token(text)
+
+    def reads(self, text: str) -> bool:
+        """Whether the model's vocabulary has enough of the script that most of the text's letters are of."""
+        scripts = Counter(script for letter in text if (script := _script_of(letter)))
+        if not scripts:
+            return True
+        model, _ = self._model()
+        if self._scripts is None:
+            self._scripts = Counter(
+                script for token in model.tokenizer.get_vocab() for script in {_script_of(letter) for letter in token}
+            )
+        return self._scripts[max(scripts, key=lambda script: (scripts[script], script))] >= SCRIPT_TOKENS
 
     @property
     def token_dimension(self) -> int:
@@ -380,6 +398,16 @@ def _why_not_flat(model: Any) -> str:
     if any(model.prompts.values()) or not getattr(model.tokenizer, "is_fast", False):
         return "it has prompts or a slow tokenizer"
     return ""
+
+
+@lru_cache(maxsize=10_000)
+def _script_of(letter: str) -> str:
+    """The script of a letter, by the first word of its Unicode name; empty for what is no letter.
+
+    >>> _script_of("a"), _script_of("北"), _script_of("ф"), _script_of("1")
+    ('LATIN', 'CJK', 'CYRILLIC', '')
+    """
+    return unicodedata.name(letter, "").partition(" ")[0] if letter.isalpha() else ""
 
 
 def _carries_meaning(tokenizer: Any, n_words: int) -> NDArray[np.bool_]:

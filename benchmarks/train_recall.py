@@ -195,13 +195,13 @@ def calibrated(
     for label in (0.0, 1.0):
         each[labels == label] /= each[labels == label].sum()
     weights = torch.ones(len(SURE_BY) + 1, requires_grad=True)
-    solver = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    solver: Any = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         solver.zero_grad()
         logits = values @ weights[1:] ** 2 + weights[0]  # more of a signal never makes it less sure
         lost = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, each, reduction="sum")
-        value = lost + 1e-4 * (weights**2).sum()
+        value: Any = lost + 1e-4 * (weights**2).sum()
         value.backward()
         return value
 
@@ -299,10 +299,12 @@ def main() -> None:
         planted, absent = of_documents(memory, Path(folder), options.data.parent)
     found = np.mean([len(e.evidence) / e.n_evidence for e in examples])
     print(f"{len(examples)} questions; {100 * found:.1f}% of the evidence is among the candidates")
-    with_tokens = np.arange(len(names))
-    without = np.array([i for i, name in enumerate(names) if not name.startswith("late")])
+    sets = {
+        title: np.array([i for i, name in enumerate(names) if not name.startswith(unused)])
+        for title, unused in (("with_tokens", ()), ("without_tokens", ("late",)), ("lexical_only", ("late", "dense")))
+    }
     report = {}
-    for title, columns in (("with_tokens", with_tokens), ("without_tokens", without)):
+    for title, columns in sets.items():
         report[title] = cross_validated(examples, columns)
         for price, row in report[title].items():
             print(title, "price", price, "  ".join(f"{budget}: {value:.1f}" for budget, value in row.items()))
@@ -311,7 +313,7 @@ def main() -> None:
     print("price", price, "abstention", abstention)
     weights: dict[str, Any] = {
         title: {names[i]: round(float(w), 4) for i, w in zip(columns, fit(examples, columns), strict=True)}
-        for title, columns in (("with_tokens", with_tokens), ("without_tokens", without))
+        for title, columns in sets.items()
     }
     weights |= {"price": price, "abstention": abstention}
     digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:16]
@@ -323,9 +325,9 @@ def main() -> None:
         "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest(),
         "embedder": SentenceTransformerEmbedder("minilm").fingerprint,
         "n_questions": len(examples),
-        "cross_validated_recall": {str(b): round(v, 2) for b, v in report["with_tokens"][price].items()},
-        "cross_validated_recall_without_tokens": {
-            str(b): round(v, 2) for b, v in report["without_tokens"][price].items()
+        "cross_validated_recall": {
+            title: {str(budget): round(value, 2) for budget, value in rows[price].items()}
+            for title, rows in report.items()
         },
     }
     if not options.dry_run:

@@ -145,6 +145,9 @@ class TokenEmbedder(Protocol):
     def embed_query_by_token(self, text: str) -> TokenQuery:
         """``embed_query``, with the vectors of its tokens."""
 
+    def reads(self, text: str) -> bool:
+        """Whether the model knows the script of the text; what it makes of one that it does not know is noise."""
+
 
 class VectorSource(Protocol):
     """Where a vector index reads the rows that it is a projection of."""

@@ -36,6 +36,7 @@ __all__ = ["Recall", "Recalled", "Scored", "fuse"]
 RRF_K = 60
 SEARCH = 128
 """Either search offers so many at least."""
+UNREAD = "{} does not know the script of the query: recall went by words alone"
 SURROUNDINGS = 2
 """So many turns to either side of what was found are candidates too."""
 
@@ -108,7 +109,8 @@ class Recall:
         scores = scored.scores[best].tolist()
         found = zip(segments, scores, signals, contributions, strict=True)
         # a segment deleted a moment ago is simply not there
-        return Recalled([Hit(segment, *rest) for segment, *rest in found if segment])
+        notes = () if _reads(self.embedder, query) else (UNREAD.format(self.embedder.fingerprint),)
+        return Recalled([Hit(segment, *rest) for segment, *rest in found if segment], notes)
 
     def score(
         self,
@@ -144,7 +146,7 @@ class Recall:
             if len(asked.tokens):
                 best = s.best_cosines(corpus, rows, asked.tokens)
                 signals |= s.late_signals(near, best, s.token_weights(corpus, query, asked.spans, n))
-        weights = learned()["with_tokens" if len(asked.tokens) else "without_tokens"]
+        weights = learned()[_kind_of_weights(self.embedder, query, asked)]
         parts = s.contributions(signals, question.kinds, weights)
         scores = np.sum(list(parts.values()), axis=0)
         return Scored(corpus, ids, rows, signals, parts, scores, question)
@@ -186,6 +188,16 @@ class Recall:
         segments = self.store.get(namespace, fused)
         hits = [Hit(segment, *fused[id_]) for id_, segment in segments.items()]
         return sorted(hits, key=lambda hit: (-hit.score, hit.segment.seq))[:k]
+
+
+def _reads(embedder: Embedder, query: str) -> bool:
+    return not isinstance(embedder, TokenEmbedder) or embedder.reads(query)
+
+
+def _kind_of_weights(embedder: Embedder, query: str, asked: TokenQuery) -> str:
+    if not _reads(embedder, query):
+        return "lexical_only"
+    return "with_tokens" if len(asked.tokens) else "without_tokens"
 
 
 def _by_candidate(columns: Mapping[str, Vector], which: Ints) -> list[dict[str, float]]:

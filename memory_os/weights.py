@@ -13,6 +13,9 @@ __all__ = ["learned"]
 
 @cache
 def learned() -> Mapping[str, Any]:
-    """The weights: ``with_tokens`` and ``without_tokens`` by signal, ``price``, ``abstention``, ``provenance``."""
+    """The weights.
+
+    ``with_tokens``, ``without_tokens`` and ``lexical_only`` by signal; ``price``, ``abstention`` and ``provenance``.
+    """
     weights: dict[str, Any] = json.loads(Path(__file__).with_name("weights.json").read_text(encoding="utf-8"))
     return weights
