@@ -32,6 +32,7 @@ from memory_os.benchmarks import needle
 from memory_os.benchmarks.facts import FACTS
 from memory_os.benchmarks.locomo import evidence_of, turns_of
 from memory_os.benchmarks.measure import store
+from memory_os.controllers.auto import margin
 from memory_os.pack import render_line
 from memory_os.question import KINDS
 from memory_os.recall import Scored
@@ -50,8 +51,8 @@ BY_KIND = (
 """The signals whose weight may depend on the kind of the question."""
 PRICES = (0.0, 0.2, 0.4, 0.6, 0.8)
 BOOK_TOKENS = 16_000
-SURE_BY = ("dense", "late_exact")
-"""The signals by whose best values it is judged whether anything remembered is about a question."""
+SURE_BY = ("dense", "late_exact", "margin")
+"""What tells whether anything remembered is about a question: the best of a signal, or how far the best stands out."""
 PASS = 0.998
 """The share of answerable questions that the abstention threshold lets through."""
 SMALL_TALK = (
@@ -92,7 +93,7 @@ def expanded(scored: Scored, names: Sequence[str]) -> Array:
 
 def best_signals(scored: Scored, names: Sequence[str]) -> list[float]:
     """What the confidence is made of."""
-    return [float(scored.signals[name].max()) for name in names]
+    return [margin(scored.scores.tolist()) if name == "margin" else float(scored.signals[name].max()) for name in names]
 
 
 def fit(examples: Sequence[Example], columns: NDArray[np.int64]) -> NDArray[np.float64]:

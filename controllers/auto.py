@@ -11,9 +11,11 @@ from memory_os.protocols import MemoryView
 from memory_os.types import Candidate, Choice, Decision, Form, Reason, Segment
 from memory_os.weights import learned
 
-__all__ = ["AutoController", "confidence", "statement"]
+__all__ = ["AutoController", "confidence", "margin", "statement"]
 
 FILLERS = frozenset("a an the just really very so well oh ok okay hey hi yes yeah wow thanks".split())
+
+STANDS_OUT = 10
 
 
 class AutoController:
@@ -63,15 +65,28 @@ class AutoController:
 
 
 def confidence(candidates: Sequence[Candidate]) -> float | None:
-    """How sure it is that something remembered is about the query: a logistic model of the best signals, in 0 to 1.
+    """How sure it is that something remembered is about the query: a logistic model, in 0 to 1.
 
-    ``None`` where the signals that it was calibrated on are not there.
+    Of the best value of some signals, and of how far the best candidate stands out. ``None`` where the signals that it
+    was calibrated on are not there.
     """
     model = learned()["abstention"]["weights"]
-    if not candidates or any(name not in candidates[0].signals for name in model if name != "constant"):
+    names = [name for name in model if name not in ("constant", "margin")]
+    if not candidates or any(name not in candidates[0].signals for name in names):
         return None
-    best = {name: max(c.signals[name] for c in candidates) for name in model if name != "constant"}
-    return 1.0 / (1.0 + math.exp(-model["constant"] - sum(model[name] * value for name, value in best.items())))
+    sure = model["constant"] + model["margin"] * margin([c.score for c in candidates])
+    sure += sum(model[name] * max(c.signals[name] for c in candidates) for name in names)
+    return 1.0 / (1.0 + math.exp(-sure))
+
+
+def margin(scores: Sequence[float]) -> float:
+    """By how much the best score exceeds the tenth; the last where there are fewer.
+
+    >>> margin([1.0, 5.0, 2.0])
+    4.0
+    """
+    ordered = sorted(scores, reverse=True)
+    return ordered[0] - ordered[min(STANDS_OUT, len(ordered)) - 1]
 
 
 @lru_cache(maxsize=20_000)

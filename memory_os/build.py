@@ -111,6 +111,8 @@ def database_path(path: str | Path) -> Path:
         text = rest[1:]
     if not text:
         raise ConfigError("no database named; give a file's path, such as memory.db")
+    if text == ":memory:":
+        raise StoreError("memory is kept in a file: give its path; for a trial, one in a temporary folder")
     return Path(text).expanduser().absolute()
 
 

@@ -104,12 +104,13 @@ class Recall:
             return Recalled([])
         order = worth(scored.scores, np.exp(scored.signals["length"])) if per_token else scored.scores
         best = np.lexsort((scored.rows, -order))[:k]
-        segments = scored.corpus.segments(self.store, namespace, scored.rows[best])
+        with self.corpora.lock:
+            segments = scored.corpus.segments(self.store, namespace, scored.rows[best])
         signals, contributions = (_by_candidate(each, best) for each in (scored.signals, scored.contributions))
         scores = scored.scores[best].tolist()
         found = zip(segments, scores, signals, contributions, strict=True)
-        # a segment deleted a moment ago is simply not there
         notes = () if _reads(self.embedder, query) else (UNREAD.format(self.embedder.fingerprint),)
+        # a segment deleted a moment ago is simply not there
         return Recalled([Hit(segment, *rest) for segment, *rest in found if segment], notes)
 
     def score(

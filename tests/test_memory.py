@@ -61,6 +61,9 @@ def test_a_url_names_a_file_and_another_scheme_is_refused(tmp_path):
     assert (tmp_path / "url.db").exists()
     with pytest.raises(StoreError, match="sqlite:///"):
         Memory.open("mysql://host/db", embedder="hash")
+    for nowhere in (":memory:", "sqlite:///:memory:"):
+        with pytest.raises(StoreError, match="kept in a file"):
+            Memory.open(nowhere, embedder="hash")
 
 
 def test_a_controller_that_needs_more_of_the_llm_is_refused(tmp_path):
