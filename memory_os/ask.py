@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from typing import Literal
-
 from memory_os.protocols import LLM
 from memory_os.types import Message
 
-__all__ = ["Language", "language_of", "reply_to"]
-
-Language = Literal["en", "zh"]
-
-_HAN = re.compile(r"[\u3400-\u9fff]")
-_LETTER = re.compile(r"[^\W\d_]")
-
-
-def language_of(text: str) -> Language:
-    """In which language to ask about a text: Chinese where its letters are mostly Han, else English.
-
-    >>> language_of("话说天下大势，分久必合"), language_of("Call me Ishmael.")
-    ('zh', 'en')
-    """
-    return "zh" if 2 * len(_HAN.findall(text)) > len(_LETTER.findall(text)) else "en"
+__all__ = ["reply_to"]
 
 
 def reply_to(llm: LLM, prompt: str, *, max_tokens: int) -> str:

@@ -27,6 +27,24 @@ def _recency(options: Mapping[str, Any]) -> Controller:
     return RecencyController(**options)
 
 
+def _scm(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.scm import ScmController
+
+    return ScmController(**options)
+
+
+def _scm_paper(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.scm import ScmController
+
+    return ScmController.paper(**options)
+
+
+def _scm_repo(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.scm import ScmController
+
+    return ScmController.repo(**options)
+
+
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
 
@@ -51,11 +69,15 @@ def _hash() -> Embedder:
     return HashEmbedder()
 
 
-CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {"auto": _auto, "recency": _recency}
+CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
+    "auto": _auto, "recency": _recency, "scm": _scm, "scm-paper": _scm_paper, "scm-repo": _scm_repo,
+}  # fmt: skip
+ASKING = ("scm", "scm-paper", "scm-repo")
+"""Controllers that ask the LLM, where there is one, before it replies."""
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
-ADAPTERS_WITH = {"ScoringLLM": "HuggingFaceLLM", "CachingLLM": "HuggingFaceLLM"}
+ADAPTERS_WITH = {"LLM": "llm='smollm2'", "ScoringLLM": "HuggingFaceLLM", "CachingLLM": "HuggingFaceLLM"}
 
 
 def build_parts(

@@ -42,6 +42,7 @@ COLUMNS = [
     ("n_terms", "float32"),
     ("n_tokens", "float32"),
     ("asks", "float32"),  # 1 for a text that ends with a question mark
+    ("replies", "bool"),  # said by the assistant
     ("timed", "float32"),  # 1 for a text that says when
     ("first", "int64"),  # where its token vectors begin, and how many there are
     ("count", "int64"),
@@ -135,7 +136,7 @@ class Corpus:
             self._latest[session] = row
             records.append(
                 (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
-                 profile.asks, tells_time(profile.terms), 0, 0)
+                 profile.asks, profile.replies, tells_time(profile.terms), 0, 0)
             )  # fmt: skip
             for term in profile.terms:
                 rows = self._postings.get(term)

@@ -14,11 +14,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import regex
 
-__all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "query_terms", "stem", "terms_of"]
+__all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
 
 K1, B = 1.2, 0.75
 
@@ -27,6 +27,8 @@ _WORD = regex.compile(
     r"|(?P<triples>[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+)"
     r"|(?P<word>[\p{L}\p{N}][\p{L}\p{N}\p{M}]*)"
 )
+_HAN = regex.compile(r"\p{Han}")
+_LETTER = regex.compile(r"\p{L}")
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
 
 STOP_WORDS = frozenset(
@@ -117,3 +119,12 @@ def bm25(document: Sequence[str], weights: Mapping[str, float], mean_length: flo
     counts = Counter(term for term in document if term in weights)
     norm = K1 * (1.0 - B + B * len(document) / mean_length)
     return sum(weights[term] * n * (K1 + 1.0) / (n + norm) for term, n in counts.items())
+
+
+def language_of(text: str) -> Literal["en", "zh"]:
+    """In which language to ask an LLM about a text: Chinese where its letters are mostly Han, else English.
+
+    >>> language_of("话说天下大势，分久必合"), language_of("Call me Ishmael.")
+    ('zh', 'en')
+    """
+    return "zh" if 2 * len(_HAN.findall(text)) > len(_LETTER.findall(text)) else "en"

@@ -7,17 +7,19 @@ called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from memory_os.types import Candidate, Decision, Message, Namespace, NewSegment, Segment, Trace
+from memory_os.types import Candidate, Decision, Form, Message, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from memory_os.archive import Archive
 
     Vector = NDArray[np.float32]
     Matrix = NDArray[np.float32]
@@ -27,12 +29,14 @@ __all__ = [
     "CachingLLM",
     "Controller",
     "Embedder",
+    "FlashController",
     "LexicalIndex",
     "MemoryView",
     "Profile",
     "RecordStore",
     "ScoringLLM",
     "State",
+    "SummarizingController",
     "TokenCounter",
     "TokenEmbedder",
     "TokenQuery",
@@ -59,6 +63,7 @@ class TokenCounter(Protocol):
         """Tokens of the whole rendered prompt: chat template, wrappers, tool schemas and generation cue included."""
 
 
+@runtime_checkable
 class LLM(TokenCounter, Protocol):
     """A chat model. It raises ``LLMError`` for a failure of its own and nothing else."""
 
@@ -216,6 +221,7 @@ class Profile(NamedTuple):
     :param row: grows with ``seq``; never given twice.
     :param day: event time as a proleptic ordinal, UTC.
     :param asks: whether the text ends with a question mark.
+    :param replies: whether the assistant said it.
     :param terms: of the lexical index, with repeats.
     """
 
@@ -227,6 +233,7 @@ class Profile(NamedTuple):
     day: int
     n_tokens: int
     asks: bool
+    replies: bool
     terms: list[str]
 
 
@@ -287,8 +294,23 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
         """``(seq, token vectors)`` of the vector rows added after row ``after``, where there are any."""
 
+    def read_summaries(self, namespace: Namespace, ids: Sequence[str], method: str) -> dict[str, str]:
+        """The summaries by this method that there are, by segment id."""
+
+    def put_summary(self, namespace: Namespace, id_: str, method: str, text: str) -> None:
+        """Store a segment's summary, replacing one by the same method, and strike the work off the list."""
+
+    def list_for_summary(self, namespace: Namespace, ids: Sequence[str]) -> None:
+        """Put segments on the durable list of those to be summarised."""
+
+    def listed_for_summary(self, namespace: Namespace, limit: int) -> list[Segment]:
+        """Segments still to be summarised, oldest first."""
+
+    def last_activations(self, namespace: Namespace) -> dict[int, int]:
+        """``{seq of a segment: seq of the query in whose context it last stood}``, by the recorded turns' traces."""
+
     def save_trace(self, trace: Trace) -> None:
-        """Store a trace, or replace the one with its id."""
+        """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded."""
 
     def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
         """The trace with this id, or of the turn with this query or reply (id or ``seq``); the newest for ``None``."""
@@ -310,15 +332,27 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
 
 class MemoryView(Protocol):
-    """What a controller may see of the memory while it decides."""
+    """What a controller may see of the memory, and ask, while it decides."""
 
     @property
     def candidates(self) -> Sequence[Candidate]:
-        """What recall offers, best fused score first."""
+        """What recall offers, best score first. Recall runs when this is read for the first time."""
+
+    @property
+    def archive(self) -> Archive:
+        """Every turn outside flash memory; see ``offer``."""
+
+    @property
+    def n_archived(self) -> int:
+        """How many segments there are outside flash memory."""
 
     @property
     def flash(self) -> Sequence[Segment]:
         """The recent turns that enter the context anyway."""
+
+    @property
+    def flash_tokens(self) -> int:
+        """What flash memory takes of the prompt."""
 
     @property
     def llm(self) -> LLM | None:
@@ -327,6 +361,32 @@ class MemoryView(Protocol):
     @property
     def now(self) -> datetime:
         """Event time of the query."""
+
+    @property
+    def offered(self) -> Sequence[Candidate]:
+        """Every candidate that was read or offered so far: each needs a verdict."""
+
+    def offer(
+        self, segment: Segment, score: float, signals: Mapping[str, float], contributions: Mapping[str, float]
+    ) -> Candidate:
+        """Make a segment of the archive a candidate, with the controller's own score; it then needs a verdict."""
+
+    def cost(self, segment: Segment, form: Form, text: str) -> int:
+        """Tokens of the segment in the context with this text in place of its own."""
+
+    def cost_of_dates(self, segments: Sequence[Segment]) -> int:
+        """Tokens of the lines with the dates of these segments."""
+
+    def ask(self, purpose: str, prompt: str, *, max_tokens: int, read: Callable[[str], str]) -> str:
+        """Ask the LLM and give back its answer as ``read`` reads it; asked once a turn, and noted in the trace.
+
+        The answer of a model that fails is empty, and the trace says so.
+
+        :raises CapabilityError: if there is no LLM.
+        """
+
+    def summary(self, segment: Segment, *, by_llm: bool) -> str:
+        """A segment's summary, made now if there is none yet; its own text where a summary would not be shorter."""
 
 
 class Controller(Protocol):
@@ -341,4 +401,23 @@ class Controller(Protocol):
         """Capability protocols that the LLM must satisfy; checked where things are wired."""
 
     def decide(self, query: str, memory: MemoryView, budget: int) -> Decision:
-        """One verdict per candidate; ``budget`` is the tokens left for activations. The packer enforces it."""
+        """One verdict per candidate that was read or offered; ``budget`` is the tokens left for lines of memory.
+
+        The packer enforces it.
+        """
+
+
+@runtime_checkable
+class FlashController(Protocol):
+    """A controller that also decides what flash memory is."""
+
+    def flash(self, recent: Sequence[Segment], memory: MemoryView) -> Sequence[Segment]:
+        """Of the session's latest segments those to keep in context, in order; a text may be its summary."""
+
+
+@runtime_checkable
+class SummarizingController(Protocol):
+    """A controller that wants summaries by the LLM made ahead, after the reply."""
+
+    def wants_summary(self, segment: Segment, llm: LLM | None) -> bool:
+        """Whether the new segment is long enough for a summary."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from memory_os.types import Account, Action, Form, LedgerEntry, Outcome, Reason, Segment, Trace
+from memory_os.types import Account, Action, Form, LedgerEntry, LLMCall, Outcome, Reason, Segment, Trace
 
 __all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict"]
 
@@ -35,6 +35,7 @@ def trace_to_dict(trace: Trace) -> dict[str, Any]:
         "namespace": list(trace.namespace),
         "flash": list(trace.flash),
         "notes": list(trace.notes),
+        "calls": [asdict(call) for call in trace.calls],
         "created_at": trace.created_at.isoformat(),
         "ledger": ledger_to_dicts(trace.ledger),
     }
@@ -63,6 +64,7 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
             "namespace": tuple(fields["namespace"]),
             "flash": tuple(fields["flash"]),
             "notes": tuple(fields["notes"]),
+            "calls": tuple(LLMCall(**call) for call in fields.get("calls", ())),
             "created_at": datetime.fromisoformat(fields["created_at"]),
             "ledger": ledger,
             "account": Account(**fields["account"]),

@@ -1,6 +1,6 @@
 """The path of one turn, top to bottom: record, recall, decide, pack, generate, record, derive.
 
-``prepare`` is the part without a model (recall, decide, pack); ``run_turn`` is the whole. ``run_turn`` is a generator
+``prepare`` is the part before the reply (recall, decide, pack); ``run_turn`` is the whole. ``run_turn`` is a generator
 that yields the reply piece by piece and returns a ``Reply``; the sync and the async API are two drivers of it.
 """
 
@@ -19,18 +19,17 @@ import uuid_utils
 from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
-from memory_os.pack import Frame, fit_flash, pack, render_line
-from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+from memory_os.pack import Frame, fit_flash, pack, render_line, room_for_lines
+from memory_os.protocols import LLM, Controller, Embedder, FlashController, RecordStore, TokenCounter, VectorIndex
 from memory_os.recall import Recall
-from memory_os.types import Candidate, Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+from memory_os.types import Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+from memory_os.view import INLINE_PENDING, View
 from memory_os.weights import learned
 
 __all__ = ["Options", "Parts", "prepare", "run_turn"]
 
 SYSTEM = "You are a helpful assistant with a long-term memory."
 MAX_PRICES = 50_000
-INLINE_PENDING = 512
-"""Up to so many missing vectors are made before recall; with more, the trace says how many are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +97,6 @@ class Parts:
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What the controller sees; see ``MemoryView``."""
-
-    candidates: Sequence[Candidate]
-    flash: Sequence[Segment]
-    llm: LLM | None
-    now: datetime
-
-
 class Clock:
     """Wall time by stage, milliseconds."""
 
@@ -134,7 +123,7 @@ def prepare(
     asked: Segment | None = None,
     clock: Clock | None = None,
 ) -> Context:
-    """Choose the context for a query: steps 2 to 4 of a turn. Writes nothing but vectors that were still pending.
+    """Choose the context for a query: steps 2 to 4 of a turn. Writes nothing but derived data that is missing.
 
     :param session: whose latest turns are flash memory; without one there is none.
     :param budget: most tokens of the rendered messages, in ``parts.counter``'s tokens.
@@ -143,49 +132,26 @@ def prepare(
     """
     clock = clock or Clock()
     frame = Frame(parts.options.system, query, parts.counter, budget, reply_reserve, tools)
-    frame.check()
+    fixed = frame.check()
     state = parts.store.state(namespace, parts.embedder.fingerprint)
     upto = asked.seq - 1 if asked else state.last_seq
-    notes: list[str] = []
+    now = asked.created_at if asked else datetime.now(UTC)
+    memory = View(parts, namespace, query, upto=upto, now=now, breadth=_breadth(budget), state=state, clock=clock)
 
     # flash memory: always in, never recalled
     recent = parts.store.tail(namespace, parts.options.flash_turns, session=session, upto=upto) if session else []
-    flash = fit_flash(recent, frame)
-    room = budget - frame.count(flash)
+    if isinstance(parts.controller, FlashController):
+        recent = list(parts.controller.flash(recent, memory))
+    memory.flash = flash = fit_flash(recent, frame)
+    memory.flash_tokens = frame.count(flash) - fixed
     clock.lap("flash")
 
-    # 2 recall
-    if 0 < state.n_pending <= INLINE_PENDING:
-        catch_up(parts.store, parts.embedder, namespace)
-        state = parts.store.state(namespace, parts.embedder.fingerprint)
-    elif state.n_pending:
-        notes.append(
-            f"{state.n_pending} segments have no vector yet and were searched by their words only; run: memos doctor"
-        )
-    now = asked.created_at if asked else datetime.now(UTC)
-    breadth = _breadth(budget) + len(flash)
-    recalled = parts.recall(namespace, query, k=breadth, upto=upto, now=now, per_token=True, state=state)
-    notes += recalled.notes
-    in_flash = {segment.id for segment in flash}
-    candidates = [
-        Candidate(
-            hit.segment,
-            hit.score,
-            hit.signals,
-            parts.price_of(hit.segment),
-            hit.contributions,
-        )
-        for hit in recalled.hits
-        if hit.segment.id not in in_flash
-    ]
-    clock.lap("recall")
-
-    # 3 decide
-    decision = parts.controller.decide(query, View(candidates, flash, parts.llm, now), room)
+    # 2 recall, when the controller asks for it, and 3 decide
+    decision = parts.controller.decide(query, memory, room_for_lines(frame, flash))
     clock.lap("decide")
 
     # 4 pack
-    packed = pack(frame, flash, candidates, decision)
+    packed = pack(frame, flash, memory.offered, decision)
     clock.lap("pack")
     trace = Trace(
         id=str(uuid_utils.uuid7()),
@@ -202,9 +168,10 @@ def prepare(
         flash=tuple(segment.id for segment in flash),
         ledger=packed.ledger,
         account=packed.account,
-        notes=(*_visible_fallbacks(parts), *notes, *decision.notes),
+        notes=(*_visible_fallbacks(parts), *memory.notes, *decision.notes),
         timings_ms=clock.timings,
         outcome=Outcome.CONTEXT,
+        calls=tuple(memory.calls),
     )
     return Context(packed.messages, packed.text, packed.segments, trace)
 

@@ -7,7 +7,7 @@ a namespace and is the only meaning of "before"; times are UTC.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypedDict
@@ -24,6 +24,7 @@ __all__ = [
     "Form",
     "Hit",
     "Kind",
+    "LLMCall",
     "LedgerEntry",
     "Message",
     "Namespace",
@@ -130,6 +131,10 @@ class Segment:
         """The speaker's name where there is one, else the role."""
         return self.speaker or self.role
 
+    def summarized(self, summary: str) -> Segment:
+        """The segment with a summary in place of its text, marked as one; itself where the summary is its text."""
+        return self if summary == self.text else replace(self, text=f"(summary) {summary}")
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -186,6 +191,9 @@ class Reason(StrEnum):
     UNRELATED = "nothing remembered is about this"
     REPEATED = "repeats a newer candidate"
     NOT_CHOSEN = "not chosen by the controller"
+    SUMMARY_ENOUGH = "its summary is enough"
+    SHORTENED = "as its summary, to fit"
+    NO_HELP = "does not help to answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +218,22 @@ class Decision:
 
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LLMCall:
+    """One thing that was asked of the LLM besides the reply.
+
+    :param purpose: what was to be found out.
+    :param verdict: how the answer was read.
+    :param answer: the answer as it came; empty for a summary, which is kept with its segment.
+    """
+
+    purpose: str
+    verdict: str
+    answer: str
+    prompt_tokens: int
+    reply_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +294,7 @@ class Trace:
     :param flash: ids of the flash memory that entered, in order.
     :param notes: visible fallbacks and approximations.
     :param timings_ms: wall time by stage, milliseconds.
+    :param calls: what the LLM was asked besides the reply, in order.
     """
 
     id: str
@@ -290,6 +315,7 @@ class Trace:
     timings_ms: Mapping[str, float]
     outcome: Outcome
     error: str | None = None
+    calls: tuple[LLMCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +346,11 @@ class Context:
     def ledger(self) -> tuple[LedgerEntry, ...]:
         """The account of every candidate."""
         return self.trace.ledger
+
+    @property
+    def calls(self) -> tuple[LLMCall, ...]:
+        """What the LLM was asked to make it."""
+        return self.trace.calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
-``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical`` and ``pending`` are derived from
-``segments`` and can be rebuilt at any time.
+``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are
+derived from ``segments``, ``activations`` from ``traces``; they can be rebuilt at any time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,28 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-__all__ = ["HEAD", "VECTOR_TASK", "metadata", "namespaces", "pending", "segments", "traces", "vectors"]
+__all__ = [
+    "HEAD",
+    "SUMMARY_TASK",
+    "VECTOR_TASK",
+    "activations",
+    "metadata",
+    "namespaces",
+    "pending",
+    "segments",
+    "summaries",
+    "traces",
+    "vectors",
+]
 
-HEAD = "0002"
+HEAD = "0003"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
 """The pending task of making a segment's vector."""
+
+SUMMARY_TASK = "summary"
+"""The pending task of summarising a segment."""
 
 metadata = MetaData()
 
@@ -87,6 +102,24 @@ pending = Table(
     Column("task", Text, primary_key=True),
     Column("namespace_id", Integer, nullable=False),
     Index("ix_pending_namespace", "namespace_id", "task", "segment_pk"),
+)
+
+summaries = Table(
+    "summaries",
+    metadata,
+    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("method", Text, primary_key=True),  # which model and prompt made it
+    Column("namespace_id", Integer, nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+activations = Table(
+    "activations",
+    metadata,
+    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("namespace_id", Integer, nullable=False),
+    Column("seq", Integer, nullable=False),  # of the query in whose context the segment last stood
+    Index("ix_activations_namespace", "namespace_id"),
 )
 
 traces = Table(

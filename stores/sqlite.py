@@ -18,11 +18,11 @@ from sqlalchemy import func, select
 
 from memory_os.lexical import terms_of
 from memory_os.protocols import Profile, State
-from memory_os.stores import fulltext
+from memory_os.stores import digest, fulltext
 from memory_os.stores.checkup import find_faults, mend
 from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
-from memory_os.stores.schema import VECTOR_TASK, namespaces, pending, segments, traces, vectors
+from memory_os.stores.schema import SUMMARY_TASK, VECTOR_TASK, namespaces, pending, segments, summaries, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict
 from memory_os.types import Namespace, NewSegment, Segment, Trace
 
@@ -205,7 +205,7 @@ class SqliteStore:
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
         """Delete segments with all that was derived from them and the traces of their turns; counts by place."""
-        counts = dict.fromkeys(("segments", "vectors", "lexical", "pending", "traces"), 0)
+        counts = dict.fromkeys(("segments", "vectors", "lexical", "summaries", "pending", "traces"), 0)
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(ids):
@@ -217,7 +217,7 @@ class SqliteStore:
                 own = traces.c.namespace_id == ns
                 mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
                 counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
-                for table in (vectors, pending):
+                for table in (vectors, summaries, pending):
                     deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
                     counts[table.name] += deleted.rowcount
                 lengths = fulltext.remove(connection, pks)
@@ -334,7 +334,7 @@ class SqliteStore:
             c = segments.c
             who = func.coalesce(c.speaker, c.role)
             rows = connection.execute(
-                select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks)
+                select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant")
                 .where(c.namespace_id == ns, c.pk > after)
                 .order_by(c.seq)
             ).all()
@@ -349,9 +349,10 @@ class SqliteStore:
                 day=date.fromisoformat(created_at[:10]).toordinal(),
                 n_tokens=n_tokens,
                 asks=bool(ends),
+                replies=bool(replies),
                 terms=terms.get(pk, []),
             )
-            for pk, id_, seq, session, by, created_at, n_tokens, ends in rows
+            for pk, id_, seq, session, by, created_at, n_tokens, ends, replies in rows
         ]
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
@@ -423,6 +424,36 @@ class SqliteStore:
                 )
                 connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
 
+    # -- summaries and activations -------------------------------------------------------------------------------
+
+    def read_summaries(self, namespace: Namespace, ids: Sequence[str], method: str) -> dict[str, str]:
+        """The summaries by this method that there are, by segment id."""
+        with self.database.read() as connection:
+            return digest.read_summaries(connection, self._namespace_id(connection, namespace), ids, method)
+
+    def put_summary(self, namespace: Namespace, id_: str, method: str, text: str) -> None:
+        """Store a summary and strike the work off; nothing where the segment is gone by now."""
+        with self.database.write() as connection:
+            digest.put_summary(connection, self._namespace_id(connection, namespace), id_, method, text)
+
+    def list_for_summary(self, namespace: Namespace, ids: Sequence[str]) -> None:
+        """Put segments on the list of those to be summarised."""
+        with self.database.write() as connection:
+            digest.put_on_list(connection, self._namespace_id(connection, namespace), ids)
+
+    def listed_for_summary(self, namespace: Namespace, limit: int) -> list[Segment]:
+        """Segments still to be summarised, oldest first."""
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            listed = select(pending.c.segment_pk).where(pending.c.namespace_id == ns, pending.c.task == SUMMARY_TASK)
+            query = select(segments).where(segments.c.pk.in_(listed)).order_by(segments.c.pk).limit(limit)
+            return [to_segment(row, namespace) for row in connection.execute(query)]
+
+    def last_activations(self, namespace: Namespace) -> dict[int, int]:
+        """``{seq of a segment: seq of the query in whose context it last stood}``, for recorded turns."""
+        with self.database.read() as connection:
+            return digest.last_activations(connection, self._namespace_id(connection, namespace))
+
     # -- traces --------------------------------------------------------------------------------------------------
 
     def save_trace(self, trace: Trace) -> None:
@@ -440,6 +471,7 @@ class SqliteStore:
                     body=trace_to_dict(trace),
                 )
             )
+            digest.note_activations(connection, ns, trace)
 
     def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
         """The trace with this id, or of the turn whose query or reply segment is ``ref``; the newest for ``None``."""
@@ -482,7 +514,7 @@ class SqliteStore:
             ).one()
             count = {
                 table.name: connection.execute(select(func.count()).where(table.c.namespace_id == ns)).scalar_one()
-                for table in (vectors, pending, traces)
+                for table in (vectors, summaries, pending, traces)
             }
         return {
             "segments": row[0],

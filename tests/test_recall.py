@@ -28,7 +28,7 @@ rows = st.lists(
 
 
 def profile(row: int, session: str, who: str, terms: list[str], n_tokens: int = 10) -> Profile:
-    return Profile(row + 1, f"id{row}", row + 1, session, who, 738000 + row, n_tokens, False, terms)
+    return Profile(row + 1, f"id{row}", row + 1, session, who, 738000 + row, n_tokens, False, False, terms)
 
 
 def corpus_of(items) -> Corpus:

@@ -1,0 +1,80 @@
+"""What is kept about segments besides their vectors: summaries, and when each was last activated.
+
+Functions on an open connection, called by the store inside its transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from sqlalchemy import select
+from sqlalchemy.dialects.sqlite import insert
+
+from memory_os.stores.rows import parts
+from memory_os.stores.schema import SUMMARY_TASK, activations, pending, segments, summaries
+from memory_os.types import Action, Trace
+
+__all__ = ["last_activations", "note_activations", "put_on_list", "put_summary", "read_summaries"]
+
+
+def read_summaries(connection: sa.Connection, ns: int, ids: Sequence[str], method: str) -> dict[str, str]:
+    """The summaries by this method that there are, by segment id."""
+    found: dict[str, str] = {}
+    for part in parts(ids):
+        rows = connection.execute(
+            select(segments.c.id, summaries.c.text)
+            .join(segments, segments.c.pk == summaries.c.segment_pk)
+            .where(segments.c.namespace_id == ns, segments.c.id.in_(part), summaries.c.method == method)
+        )
+        found.update((row.id, row.text) for row in rows)
+    return found
+
+
+def put_summary(connection: sa.Connection, ns: int, id_: str, method: str, text: str) -> None:
+    """Store a summary and strike the work off; nothing where the segment is gone by now."""
+    for pk in _pks(connection, ns, [id_]):
+        row = {"segment_pk": pk, "method": method, "namespace_id": ns, "text": text}
+        connection.execute(insert(summaries).values(row).on_conflict_do_update(set_={"text": text}))
+        connection.execute(pending.delete().where(pending.c.segment_pk == pk, pending.c.task == SUMMARY_TASK))
+
+
+def put_on_list(connection: sa.Connection, ns: int, ids: Sequence[str]) -> None:
+    """Put segments on the list of those to be summarised."""
+    for pk in _pks(connection, ns, ids):
+        row = {"segment_pk": pk, "task": SUMMARY_TASK, "namespace_id": ns}
+        connection.execute(insert(pending).values(row).on_conflict_do_nothing())
+
+
+def note_activations(connection: sa.Connection, ns: int, trace: Trace) -> None:
+    """Note that a turn activated segments, if the turn itself was recorded."""
+    if trace.query_id is None:
+        return
+    query = select(segments.c.seq).where(segments.c.namespace_id == ns, segments.c.id == trace.query_id)
+    seq = connection.execute(query).scalar_one_or_none()
+    active = [entry.segment_id for entry in trace.ledger if entry.action is not Action.DROPPED]
+    if seq is None or not active:
+        return
+    rows = [{"segment_pk": pk, "namespace_id": ns, "seq": seq} for pk in _pks(connection, ns, active)]
+    if rows:
+        new = insert(activations)
+        latest = sa.func.max(activations.c.seq, new.excluded.seq)
+        connection.execute(new.on_conflict_do_update(index_elements=["segment_pk"], set_={"seq": latest}), rows)
+
+
+def last_activations(connection: sa.Connection, ns: int) -> dict[int, int]:
+    """``{seq of a segment: seq of the query in whose context it last stood}``."""
+    rows = connection.execute(
+        select(segments.c.seq, activations.c.seq)
+        .join(segments, segments.c.pk == activations.c.segment_pk)
+        .where(activations.c.namespace_id == ns)
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def _pks(connection: sa.Connection, ns: int, ids: Sequence[str]) -> list[int]:
+    found: list[int] = []
+    for part in parts(ids):
+        query = select(segments.c.pk).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
+        found += connection.execute(query).scalars()
+    return found

@@ -1,0 +1,25 @@
+"""Summaries of segments, and when each segment was last activated: both derived."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Create both tables, empty: summaries are made on demand, activations come from the traces of turns to be."""
+    op.create_table(
+        "summaries",
+        sa.Column("segment_pk", sa.Integer, sa.ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+        sa.Column("method", sa.Text, primary_key=True),
+        sa.Column("namespace_id", sa.Integer, nullable=False),
+        sa.Column("text", sa.Text, nullable=False),
+    )
+    op.create_table(
+        "activations",
+        sa.Column("segment_pk", sa.Integer, sa.ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+        sa.Column("namespace_id", sa.Integer, nullable=False),
+        sa.Column("seq", sa.Integer, nullable=False),
+    )
+    op.create_index("ix_activations_namespace", "activations", ["namespace_id"])
