@@ -48,7 +48,7 @@ Embedder = Annotated[
 ]
 Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
 Controller = Annotated[
-    str | None, typer.Option("--controller", help="What decides: auto or recency.", rich_help_panel="Settings")
+    str | None, typer.Option("--controller", help="What decides: auto, recency, scm.", rich_help_panel="Settings")
 ]
 Tokenizer = Annotated[
     str | None,
@@ -61,17 +61,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def opened(flags: Mapping[str, Any], *, llm: bool = False) -> Iterator[tuple[Memory, Scope, Settings]]:
+def opened(
+    flags: Mapping[str, Any], *, llm: bool = False, decides: bool = False
+) -> Iterator[tuple[Memory, Scope, Settings]]:
     """The memory that the settings name, and its namespace or session.
 
     :param flags: settings given on the command line, ``None`` for those that were not.
     :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
+    :param decides: whether the command needs the controller's decisions, for which the controller may ask the LLM.
     """
-    from memory_os.build import tokenizer_of
+    from memory_os.build import ASKING, tokenizer_of
     from memory_os.config import load
     from memory_os.memory import Memory
 
     settings, origins = load(flags)
+    asks = settings.controller in ASKING
+    llm = llm or (decides and asks)
+    controller = "auto" if asks and not llm else settings.controller  # nothing is decided, so nobody is asked
     if origins["store"].source == "default":
         settings.store.parent.mkdir(parents=True, exist_ok=True)
     with Memory.open(
@@ -79,7 +85,7 @@ def opened(flags: Mapping[str, Any], *, llm: bool = False) -> Iterator[tuple[Mem
         llm=settings.llm if llm else None,
         embedder=settings.embedder,
         vectors=settings.vectors,
-        controller=settings.controller,
+        controller=controller,
         tokenizer=settings.tokenizer or (None if llm else tokenizer_of(settings.llm)),
         budget=settings.budget,
         reply_tokens=settings.reply_tokens,

@@ -38,17 +38,17 @@ def context(
     vectors: Vectors = None,
     controller: Controller = None,
 ) -> None:
-    """Show what a model would be given for a query, to the token. Nothing is stored and no LLM is loaded.
+    """Show what a model would be given for a query, to the token. Nothing is recorded.
 
     Example: memos context "What is my cat called?" --budget 1000 --why
 
-    JSON: messages, text, n_tokens, account (tokens by part), segments, ledger, notes, trace.
+    JSON: messages, text, n_tokens, account (tokens by part), segments, ledger, calls, notes, trace.
     """
     flags = {
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
         "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
     }  # fmt: skip
-    with opened(flags) as (_, scope, _):
+    with opened(flags, decides=True) as (_, scope, _):
         chosen = scope.context(query)
         if json:
             render.print_json(render.context_to_dict(chosen))
@@ -147,7 +147,7 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
     Example: memos stats -n acme/alice
 
-    JSON: segments, sessions, tokens, first, last, vectors, pending, traces, file, file_bytes, namespaces.
+    JSON: segments, sessions, tokens, first, last, vectors, summaries, pending, traces, file, file_bytes, namespaces.
     """
     from memory_os.config import format_labels
 

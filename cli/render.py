@@ -196,7 +196,15 @@ def trace_notes(trace: Trace) -> list[str]:
     """What a reader of a trace should know besides the ledger."""
     took = ", ".join(f"{stage} {ms:.0f}" for stage, ms in trace.timings_ms.items())
     head = f"turn {trace.id}: {trace.outcome}, controller {trace.controller}, {took} ms"
-    return [head, account_line(trace.account), *trace.notes, *([f"error: {trace.error}"] if trace.error else [])]
+    asked = [
+        f"asked {call.purpose}: {call.verdict}{f' ({snippet(call.answer, 40)})' if call.answer else ''}, "
+        f"{call.prompt_tokens} + {call.reply_tokens} tokens"
+        for call in trace.calls
+    ]
+    tokens = sum(call.prompt_tokens + call.reply_tokens for call in trace.calls)
+    extra = [f"{len(trace.calls)} calls of the LLM besides the reply, {tokens} tokens"] if asked else []
+    error = [f"error: {trace.error}"] if trace.error else []
+    return [head, account_line(trace.account), *asked, *extra, *trace.notes, *error]
 
 
 def context_to_dict(context: Context) -> dict[str, Any]:
@@ -212,6 +220,7 @@ def context_to_dict(context: Context) -> dict[str, Any]:
         "account": trace["account"],
         "segments": [segment_to_dict(segment) for segment in context.segments],
         "ledger": trace["ledger"],
+        "calls": trace["calls"],
         "notes": trace["notes"],
         "trace": trace["id"],
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory_os.backlog import Backlog
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.turn import Options, Parts
 
@@ -117,7 +118,7 @@ def build_parts(
     except BaseException:
         store.close()
         raise
-    return Parts(store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options)
+    return Parts(store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options, backlog=Backlog(store))
 
 
 def database_path(path: str | Path) -> Path:

@@ -120,7 +120,9 @@ class Memory:
         return repair(self.parts, progress)
 
     def close(self) -> None:
-        """Release the database and the index."""
+        """Release the database and the index; work that is pending is taken up when the memory is next used."""
+        if self.parts.backlog:
+            self.parts.backlog.pause()
         self.parts.index.close()
         self.parts.store.close()
 

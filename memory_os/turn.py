@@ -16,11 +16,21 @@ from typing import Any
 
 import uuid_utils
 
+from memory_os.backlog import Backlog
 from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
 from memory_os.pack import Frame, fit_flash, pack, render_line, room_for_lines
-from memory_os.protocols import LLM, Controller, Embedder, FlashController, RecordStore, TokenCounter, VectorIndex
+from memory_os.protocols import (
+    LLM,
+    Controller,
+    Embedder,
+    FlashController,
+    RecordStore,
+    SummarizingController,
+    TokenCounter,
+    VectorIndex,
+)
 from memory_os.recall import Recall
 from memory_os.types import Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
 from memory_os.view import INLINE_PENDING, View
@@ -68,6 +78,7 @@ class Parts:
     options: Options = field(default_factory=Options)
     corpora: Corpora = field(default_factory=Corpora)
     prices: dict[str, int] = field(default_factory=dict, repr=False)
+    backlog: Backlog | None = None
 
     def price_of(self, segment: Segment) -> int:
         """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
@@ -208,6 +219,8 @@ def run_turn(
         raise ConfigError('chat needs an LLM: open the memory with llm="smollm2", "provider:model" or an object')
     limit = min(parts.options.budget if budget is None else budget, llm.context_window - reply_tokens)
     Frame(parts.options.system, query, parts.counter, limit).check()
+    if parts.backlog:
+        parts.backlog.pause()
     clock = Clock()
 
     # 1 record: durable before anything else happens
@@ -250,4 +263,9 @@ def run_turn(
 
     # 7 derive: cheap for one turn; after an interruption it stays pending and is made before the next recall
     catch_up(parts.store, parts.embedder, namespace, limit=INLINE_PENDING)
+    if parts.backlog and isinstance(parts.controller, SummarizingController):
+        long = [segment for segment in (asked, said) if segment and parts.controller.wants_summary(segment, llm)]
+        if long:
+            parts.store.list_for_summary(namespace, [segment.id for segment in long])
+        parts.backlog.resume(namespace, llm)
     return Reply(text, said, replace(context, trace=trace), trace)

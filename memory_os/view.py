@@ -164,12 +164,12 @@ class View:
     def _summarized(self, segment: Segment, method: str) -> str:
         purpose = f"a summary of #{segment.seq}"
         prompt = turn_summary.prompt_for(segment.text)
+        known = (prompt, turn_summary.MAX_TOKENS) in self._answers
         text = self._answer(purpose, prompt, turn_summary.MAX_TOKENS)
+        if not known:
+            self._note_call(purpose, "kept" if text else "none came; the text stays", prompt, "", text)
         if text:
-            self._note_call(purpose, "kept", prompt, "", text)
             self._parts.store.put_summary(self._namespace, segment.id, method, text)
-        else:
-            self._note_call(purpose, "none came; the text stays", prompt, "", text)
         return text
 
     @property
@@ -182,6 +182,8 @@ class View:
         known = self._answers.get((prompt, max_tokens))
         if known is None:
             self._clock.lap("decide")
+            if self._parts.backlog:
+                self._parts.backlog.pause()
             try:
                 known = reply_to(self._llm, prompt, max_tokens=max_tokens)
             except LLMError as error:
