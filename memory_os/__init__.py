@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memory_os.aio import AsyncMemory, AsyncScope
+    from memory_os.controllers.scm import ScmController
     from memory_os.errors import (
         BudgetError,
         CapabilityError,
@@ -43,6 +44,7 @@ __all__ = [
     "NewSegment",
     "Reply",
     "SchemaError",
+    "ScmController",
     "Scope",
     "Segment",
     "StoreError",
@@ -53,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "aio": ("AsyncMemory", "AsyncScope"),
+    "controllers.scm": ("ScmController",),
     "memory": ("Memory", "Scope"),
     "types": ("Context", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
 }
