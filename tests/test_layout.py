@@ -90,6 +90,8 @@ def allowed(importer: str, module: str, lazy: bool) -> bool:
         return target != "cli"
     if importer == "memory_os/build.py":
         return target not in ("cli", "benchmarks")
+    if importer == "memory_os/__init__.py" and lazy and target == "controllers":
+        return True  # typed options of a controller are part of the front door
     if folder == "memory_os":
         return target not in FOLDERS and (target != "build" or (importer in WIRES_LAZILY and lazy))
     return target == folder or target in VALUES | EXCEPTIONS.get(importer, set())
