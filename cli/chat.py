@@ -50,7 +50,7 @@ def chat(
 
     Example: memos chat --namespace acme/alice
 
-    JSON, an object a reply: {"text", "n_tokens", "segments" (their numbers), "trace"}
+    JSON, an object a reply: {"text", "n_tokens", "segments" (their numbers), "calls" (of the LLM besides it), "trace"}
     """
     flags = {
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
@@ -201,6 +201,7 @@ class Chat:
                     "text": self.last.text,
                     "n_tokens": self.last.context.n_tokens,
                     "segments": [segment.seq for segment in self.last.context.segments],
+                    "calls": len(self.last.trace.calls),
                     "trace": self.last.trace.id,
                 }
             )

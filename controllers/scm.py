@@ -97,6 +97,11 @@ class ScmController:
 
     # -- flash memory ----------------------------------------------------------------------------------------------
 
+    @property
+    def looks_back(self) -> int:
+        """Enough segments for so many turns, even where each has several replies."""
+        return 4 * self.flash_turns
+
     def flash(self, recent: Sequence[Segment], memory: MemoryView) -> list[Segment]:
         """The session's latest turns; a long segment as its summary."""
         turns: list[list[Segment]] = []

@@ -409,7 +409,11 @@ class Controller(Protocol):
 
 @runtime_checkable
 class FlashController(Protocol):
-    """A controller that also decides what flash memory is."""
+    """A controller that also decides what flash memory is; ``Options.flash_turns`` then counts for nothing."""
+
+    @property
+    def looks_back(self) -> int:
+        """How many of the session's latest segments it is to be shown."""
 
     def flash(self, recent: Sequence[Segment], memory: MemoryView) -> Sequence[Segment]:
         """Of the session's latest segments those to keep in context, in order; a text may be its summary."""

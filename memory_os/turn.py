@@ -48,7 +48,7 @@ class Options:
 
     :param budget: most tokens that the rendered prompt may take.
     :param reply_tokens: most tokens of a reply; kept free in the context window.
-    :param flash_turns: how many of the session's latest segments are flash memory.
+    :param flash_turns: how many of the session's latest segments are flash memory, unless the controller decides.
     :param system: the system prompt; may be empty.
     """
 
@@ -150,9 +150,10 @@ def prepare(
     memory = View(parts, namespace, query, upto=upto, now=now, breadth=_breadth(budget), state=state, clock=clock)
 
     # flash memory: always in, never recalled
-    recent = parts.store.tail(namespace, parts.options.flash_turns, session=session, upto=upto) if session else []
-    if isinstance(parts.controller, FlashController):
-        recent = list(parts.controller.flash(recent, memory))
+    own = parts.controller if isinstance(parts.controller, FlashController) else None
+    n = own.looks_back if own else parts.options.flash_turns
+    recent = parts.store.tail(namespace, n, session=session, upto=upto) if session else []
+    recent = list(own.flash(recent, memory)) if own else recent
     memory.flash = flash = fit_flash(recent, frame)
     memory.flash_tokens = frame.count(flash) - fixed
     clock.lap("flash")

@@ -49,7 +49,7 @@ def test_json_is_one_object_a_reply(talk):
     first, second = map(json.loads, out.splitlines())
     assert first["text"] == second["text"] == "Noted."
     assert second["trace"] == scope.why()[0].id
-    assert set(first) == {"text", "n_tokens", "segments", "trace"}
+    assert set(first) == {"text", "n_tokens", "segments", "calls", "trace"}
 
 
 def test_every_command_does_what_help_says(talk, tmp_path):

@@ -231,6 +231,8 @@ def test_flash_memory_is_the_last_turn_and_can_be_turned_off(tmp_path):
         context = memory.namespace("a").session("s").context("topic3", budget=900)
     assert context.trace.flash == ()
     assert "fact3" in context.text  # it is archived then
+    with opened(path, judge(), controller=ScmController(flash_turns=3), flash_turns=1) as memory:
+        assert len(memory.namespace("a").session("s").context("q", budget=900).trace.flash) == 6
 
 
 def test_a_long_flash_turn_enters_as_its_summary(tmp_path):
