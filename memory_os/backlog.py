@@ -18,8 +18,6 @@ from memory_os.types import Message, Namespace, Segment
 
 __all__ = ["Backlog"]
 
-PATIENCE_S = 0.5
-
 log = logging.getLogger(__name__)
 
 
@@ -42,13 +40,13 @@ class Backlog:
             )
             self._thread.start()
 
-    def pause(self) -> None:
+    def pause(self, patience_s: float = 0.5) -> None:
         """Leave the LLM to others. A summary that was under way is made again later.
 
-        Waits for the thread, so that a model in this process has the machine to itself, but not for a slow one.
+        Waits for the thread, so that a model in this process has the machine to itself, but not long for a slow one.
         """
         self._stop.set()
-        self.join(PATIENCE_S)
+        self.join(patience_s)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the work is done or stopped."""

@@ -35,6 +35,8 @@ __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 DEFAULT_SESSION = "default"
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
+LAST_PATIENCE_S = 20.0
+"""So long, at most, ``close`` waits for the thread of summaries: torch must not be at work when Python leaves."""
 
 
 class Memory:
@@ -122,7 +124,7 @@ class Memory:
     def close(self) -> None:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
         if self.parts.backlog:
-            self.parts.backlog.pause()
+            self.parts.backlog.pause(LAST_PATIENCE_S)
         self.parts.index.close()
         self.parts.store.close()
 

@@ -153,8 +153,11 @@ def prepare(
     own = parts.controller if isinstance(parts.controller, FlashController) else None
     n = own.looks_back if own else parts.options.flash_turns
     recent = parts.store.tail(namespace, n, session=session, upto=upto) if session else []
-    recent = list(own.flash(recent, memory)) if own else recent
-    memory.flash = flash = fit_flash(recent, frame)
+    memory.flash = flash = fit_flash(own.flash(recent, memory) if own else recent, frame)
+    texts = {segment.id: segment.text for segment in recent}
+    shortened = [f"#{segment.seq}" for segment in flash if segment.text != texts[segment.id]]
+    if shortened:
+        memory.notes.append(f"flash memory: as a summary: {', '.join(shortened)}")
     memory.flash_tokens = frame.count(flash) - fixed
     clock.lap("flash")
 

@@ -132,8 +132,8 @@ class Segment:
         return self.speaker or self.role
 
     def summarized(self, summary: str) -> Segment:
-        """The segment with a summary in place of its text, marked as one; itself where the summary is its text."""
-        return self if summary == self.text else replace(self, text=f"(summary) {summary}")
+        """The segment with a summary in place of its text."""
+        return replace(self, text=summary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,7 +243,8 @@ def test_a_long_flash_turn_enters_as_its_summary(tmp_path):
         scope.add("Tell me all")
         scope.add(long, role="assistant")
         context = scope.context("Go on", budget=2000)
-    assert {"role": "assistant", "content": "(summary) it was long ago"} in context.messages
+    assert {"role": "assistant", "content": "it was long ago"} in context.messages
+    assert "flash memory: as a summary: #2" in context.trace.notes
     assert long not in str(context.messages)
 
 
