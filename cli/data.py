@@ -1,4 +1,4 @@
-"""Commands that put things in and take things out: ingest, history, forget, export, import."""
+"""Commands that put things in and take things out: ingest, summarize, history, forget, export, import."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memory_os.cli import render
-from memory_os.cli.common import Embedder, Json, Namespace, Session, Store, Vectors, opened
+from memory_os.cli.common import Embedder, Json, Llm, Namespace, Session, Store, Vectors, opened
 
-__all__ = ["export", "forget", "history", "import_", "ingest"]
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+__all__ = ["export", "forget", "history", "import_", "ingest", "summarize"]
 
 
 def ingest(
@@ -50,6 +53,81 @@ def ingest(
         render.print_json({"stored": stored, "already_there": known})
     else:
         render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
+
+
+def summarize(
+    file: Annotated[str, typer.Argument(help="Text, Markdown, or a chat in JSON or JSONL.")],
+    format: Annotated[str | None, typer.Option("--format", "-f", help="text, markdown or chat.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="The source's name; the path if left out.")] = None,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    session: Session = None,
+    llm: Llm = None,
+    embedder: Embedder = None,
+    vectors: Vectors = None,
+) -> None:
+    """Store a file and summarise it, however long it is. Stopped, it goes on where it was when it is run again.
+
+    Every summary is stored too, so that search and chat find it.
+
+    Example: memos summarize report.txt
+
+    JSON: {"text", "levels": [[{"seq", "id", "of"}]], "complete", "notes", "calls", "found"}
+    """
+    flags = {
+        "store": store, "namespace": namespace, "session": session, "llm": llm, "embedder": embedder,
+        "vectors": vectors,
+    }  # fmt: skip
+    with opened(flags, llm=True) as (_, scope, _), _levels() as progress:
+        try:
+            summary = scope.summarize(file, format=format, name=source, progress=progress)
+        except KeyboardInterrupt:
+            render.talk().print("Stopped; what was summarised is kept. Run it again to go on.")
+            raise
+    if json:
+        levels = [
+            [{"seq": segment.seq, "id": segment.id, "of": segment.metadata["of"]} for segment in level]
+            for level in summary.levels
+        ]
+        render.print_json(
+            {
+                "text": summary.text,
+                "levels": levels,
+                "complete": summary.complete,
+                "notes": summary.notes,
+                "calls": summary.calls,
+                "found": summary.found,
+            }
+        )
+        return
+    print(render.printable(summary.text))
+    talk = render.talk()
+    counts = " + ".join(str(len(level)) for level in summary.levels)
+    talk.print(f"{counts} summaries by level; the LLM was asked {summary.calls} times, {summary.found} were there.")
+    for note in summary.notes:
+        talk.print(render.plain(note, "yellow"))
+
+
+@contextmanager
+def _levels() -> Iterator[Callable[[int, int, int], None]]:
+    """A bar a level on a terminal, a line a summary elsewhere; both on standard error."""
+    console = render.talk()
+    if not console.is_terminal:
+        yield lambda level, done, total: console.print(f"level {level}: {done} of {total}") if done else None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[int, TaskID] = {}
+
+        def show(level: int, done: int, total: int) -> None:
+            if level not in tasks:
+                tasks[level] = bar.add_task(f"Level {level}" if level else "Theme", total=total)
+            bar.update(tasks[level], completed=done)
+
+        yield show
 
 
 @contextmanager

@@ -47,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "why": inspect.why,
     "history": data.history,
     "ingest": data.ingest,
+    "summarize": data.summarize,
     "forget": data.forget,
     "export": data.export,
     "import": data.import_,

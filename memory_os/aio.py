@@ -38,6 +38,8 @@ class AsyncScope:
     add = _threaded(Scope.add)
     add_many = _threaded(Scope.add_many)
     ingest = _threaded(Scope.ingest)
+    summarize = _threaded(Scope.summarize)
+    sources = _threaded(Scope.sources)
     forget = _threaded(Scope.forget)
     export = _threaded(Scope.export)
     import_ = _threaded(Scope.import_)

@@ -29,6 +29,7 @@ from memory_os.types import (
 
 if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, TokenCounter
+    from memory_os.summarize import Summary
 
 __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 
@@ -227,6 +228,55 @@ class Scope:
         catch_up(self._parts.store, self._parts.embedder, self.labels)  # what an interrupted run left
         return stored, known
 
+    def summarize(
+        self,
+        source: str | Path | IO[bytes],
+        *,
+        format: str | None = None,
+        name: str | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> Summary:
+        """Store a file as ``ingest`` does, and summarise it, however long it is.
+
+        Every summary is stored as a segment, so that search finds it, and can be traced with ``sources``. Running it
+        again, also after an interruption or an error, asks the LLM for nothing that is there.
+
+        :param progress: called with ``(level, summaries there, summaries of this level)``.
+        :raises ConfigError: if there is no LLM.
+        :raises LLMError: if the model fails; what it said before is stored.
+        """
+        from memory_os.summarize import Summarizer
+
+        parts = self._parts
+        if parts.llm is None:
+            raise ConfigError(
+                'a summary needs an LLM: open the memory with llm="smollm2", "provider:model" or an object'
+            )
+        self.ingest(source, format=format, name=name)
+        passages = parts.store.of_source(self.labels, self._label(source, name))
+        if parts.backlog:
+            parts.backlog.pause()
+        return Summarizer(parts.store, parts.embedder, parts.llm, self.labels, progress).run(passages)
+
+    def sources(self, ref: str | int) -> list[Segment]:
+        """The stored passages that a summary was made of, in the order of ``seq``.
+
+        :raises UnknownNameError: if there is no such segment, or it is no summary.
+        """
+        from memory_os.summarize import sources_of
+
+        summary = self.segment(ref)
+        if summary.kind != "summary":
+            raise UnknownNameError("summary", str(ref), hint="it is a segment, but not a summary")
+        return sources_of(self._parts.store, self.labels, summary)
+
+    @staticmethod
+    def _label(source: str | Path | IO[bytes], name: str | None) -> str:
+        """The identity under which a source's segments are stored."""
+        if name is None and isinstance(source, str | Path):
+            return str(Path(source).expanduser().absolute())
+        return name or "-"
+
     def _read(
         self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
@@ -237,13 +287,13 @@ class Scope:
             except OSError as error:
                 raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(source)) from error
             with stream:
-                label = name or str(path)
+                label = self._label(source, name)
                 session = self.session_name or path.stem
                 yield from with_keys(
                     read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
                 )
             return
-        label = name or "-"
+        label = self._label(source, name)
         session = self.session_name or DEFAULT_SESSION
         source.seek(0)
         yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
@@ -252,6 +302,8 @@ class Scope:
         self, *refs: str | int, session: str | None = None, everything: bool = False, preview: bool = False
     ) -> dict[str, int]:
         """Delete segments (by id or ``seq``), a whole session, or everything in the namespace; counts by place.
+
+        Summaries that were made of them go as well.
 
         :param preview: only count the segments that would go.
         :raises UnknownNameError: if a segment does not exist; nothing was deleted.
@@ -265,7 +317,7 @@ class Scope:
         if session is not None and not ids:
             raise UnknownNameError("session", session)
         if preview:
-            return {"segments": len(set(ids))}
+            return {"segments": len(self._parts.store.with_summaries(self.labels, ids))}
         counts = self._parts.store.delete(self.labels, list(dict.fromkeys(ids)))
         self._parts.index.sync(self.labels)
         return counts

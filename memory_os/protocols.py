@@ -252,6 +252,15 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def find(self, namespace: Namespace, ref: str) -> Segment | None:
         """The segment with this id, or with this ``seq`` where ``ref`` is a number."""
 
+    def by_key(self, namespace: Namespace, key: str) -> Segment | None:
+        """The segment that was stored under this key."""
+
+    def of_source(self, namespace: Namespace, source: str) -> list[Segment]:
+        """What was stored of a source, summaries left out, in the order of ``seq``."""
+
+    def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
+        """These ids, and those of every summary that was made of them, through all levels."""
+
     def tail(
         self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None
     ) -> list[Segment]:
@@ -267,7 +276,7 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """All that hold anything; with ``emptied`` also those that held something once."""
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
-        """Delete segments with their vectors, lexical entries, pending work and traces; counts by place."""
+        """Delete segments and the summaries of them, with all that is derived from either; counts by place."""
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
         """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""

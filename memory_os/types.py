@@ -40,7 +40,7 @@ __all__ = [
 
 Namespace = tuple[str, ...]
 Role = Literal["user", "assistant", "system", "tool"]
-Kind = Literal["turn", "document", "note"]
+Kind = Literal["turn", "document", "note", "summary"]
 
 MAX_LABEL = 256
 MAX_LABELS = 16

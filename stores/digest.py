@@ -15,7 +15,7 @@ from memory_os.stores.rows import parts
 from memory_os.stores.schema import SUMMARY_TASK, activations, pending, segments, summaries
 from memory_os.types import Action, Trace
 
-__all__ = ["last_activations", "note_activations", "put_on_list", "put_summary", "read_summaries"]
+__all__ = ["last_activations", "note_activations", "put_on_list", "put_summary", "read_summaries", "with_summaries"]
 
 
 def read_summaries(connection: sa.Connection, ns: int, ids: Sequence[str], method: str) -> dict[str, str]:
@@ -70,6 +70,21 @@ def last_activations(connection: sa.Connection, ns: int) -> dict[int, int]:
         .where(activations.c.namespace_id == ns)
     )
     return {row[0]: row[1] for row in rows}
+
+
+def with_summaries(connection: sa.Connection, ns: int, ids: Sequence[str]) -> list[str]:
+    """These ids, each once, and those of every summary of a document that was made of them, through all levels."""
+    found = dict.fromkeys(ids)
+    keyed = segments.c.key.between("summary.", "summary/")  # by the index of keys: "/" comes after "."
+    made = connection.execute(
+        select(segments.c.id, segments.c.metadata)
+        .where(segments.c.namespace_id == ns, keyed, segments.c.kind == "summary")
+        .order_by(segments.c.seq)  # a summary comes after what it was made of, so one pass is enough
+    )
+    for row in made:
+        if any(part in found for part in row.metadata.get("of", ())):
+            found[row.id] = None
+    return list(found)
 
 
 def _pks(connection: sa.Connection, ns: int, ids: Sequence[str]) -> list[int]:

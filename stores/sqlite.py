@@ -163,6 +163,25 @@ class SqliteStore:
             row = connection.execute(select(segments).where(segments.c.namespace_id == ns, which)).one_or_none()
             return to_segment(row, namespace) if row else None
 
+    def by_key(self, namespace: Namespace, key: str) -> Segment | None:
+        """The segment that was stored under this key."""
+        with self.database.read() as connection:
+            mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
+            row = connection.execute(select(segments).where(mine, segments.c.key == key)).one_or_none()
+            return to_segment(row, namespace) if row else None
+
+    def of_source(self, namespace: Namespace, source: str) -> list[Segment]:
+        """What was stored of a source, summaries left out, in the order of ``seq``."""
+        with self.database.read() as connection:
+            mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
+            query = select(segments).where(mine, segments.c.source == source, segments.c.kind != "summary")
+            return [to_segment(row, namespace) for row in connection.execute(query.order_by(segments.c.seq))]
+
+    def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
+        """These ids, and those of every summary that was made of them, through all levels."""
+        with self.database.read() as connection:
+            return digest.with_summaries(connection, self._namespace_id(connection, namespace), ids)
+
     def tail(
         self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None
     ) -> list[Segment]:
@@ -204,11 +223,11 @@ class SqliteStore:
             return sorted(tuple(json.loads(labels)) for labels in connection.execute(query).scalars())
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
-        """Delete segments with all that was derived from them and the traces of their turns; counts by place."""
+        """Delete segments and the summaries of them, with all that was derived from either; counts by place."""
         counts = dict.fromkeys(("segments", "vectors", "lexical", "summaries", "pending", "traces"), 0)
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
-            for part in parts(ids):
+            for part in parts(digest.with_summaries(connection, ns, ids)):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
                 )
