@@ -62,7 +62,7 @@ def _dialogue(dialogue: Mapping[str, Any], asked: Sequence[Mapping[str, Any]], n
     own = [item for item in asked if item["id"] == dialogue["id"]]
     with_evidence = [(item, silver(item["answer"], turns)) for item in own]
     questions = tuple(
-        Question(item["question"], evidence, (name, str(item.get("mode", "any mode"))))
+        Question(item["question"], evidence, (name, str(item.get("mode", "any mode"))), answer=item["answer"])
         for item, evidence in with_evidence
         if evidence
     )

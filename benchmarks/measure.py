@@ -65,12 +65,14 @@ class Question:
 
     :param groups: the rows of the table by category in which it counts.
     :param counted: whether it counts in recall, and not only in the search for sessions.
+    :param answer: the reference answer, where the data has one.
     """
 
     text: str
     evidence: tuple[str, ...]
     groups: tuple[str, ...] = ()
     counted: bool = True
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

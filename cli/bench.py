@@ -88,6 +88,47 @@ def dialogues(
 
 
 @app.command()
+def scm(
+    data: Annotated[list[Path], typer.Option("--data", help="A file of the form of SCM's dialogues.")],
+    more: More = None,
+    budgets: Annotated[str, typer.Option("--budgets", help="Tokens, with commas.")] = "1024",
+    systems: Annotated[
+        str, typer.Option("--systems", help="With commas; also: scm.")
+    ] = "scm-paper,scm-repo,auto,no-controller,no-flash,no-activation",
+    llm: Annotated[str, typer.Option("--llm", help="smollm2, hf:NAME or provider:model.")] = "smollm2",
+    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Have the questions answered.")] = True,
+    free: Annotated[bool, typer.Option("--free", help="Gates and summaries without the LLM.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Most questions of a dialogue.")] = 1000,
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure SCM's presets and ablations beside the default controller, at equal tokens.
+
+    Recall is as in memos bench dialogues; F1 is the overlap of the LLM's answer with the reference answer.
+
+    Example: memos bench scm --data dialogues_en.json dialogues_zh.json --budgets 512,1024
+
+    JSON: systems {name: {overall {budget: {recall, partly, f1, tokens, calls, call_tokens, unreadable, not_needed,
+    n}}, by_group}}, llm, left_out.
+    """
+    from dataclasses import replace
+
+    from memory_os.benchmarks import dialogues, scm
+    from memory_os.build import make_llm
+
+    sizes, names = numbers(budgets), words(systems)
+    conversations, left_out = dialogues.read([*data, *(more or [])])
+    conversations = [replace(each, questions=each.questions[:limit]) for each in conversations]
+    options = {"gate": "free", "summaries": "free"} if free else {}
+    with progress() as show:
+        report = scm.compare(
+            conversations, systems=names, budgets=sizes, llm=make_llm(llm) if answers or not free else None,
+            answers=answers, options=options, embedder=embedder, left_out=left_out, progress=show,
+        )  # fmt: skip
+    figures.print_systems(report, json)
+
+
+@app.command()
 def needle(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")

@@ -9,7 +9,7 @@ from memory_os.cli import render
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["print_needles", "print_report", "print_speed"]
+__all__ = ["print_needles", "print_report", "print_speed", "print_systems"]
 
 
 def print_report(report: dict[str, Any], json: bool, title: str, names: dict[str, str]) -> None:
@@ -60,6 +60,34 @@ def category_table(by_category: dict[str, Any], names: dict[str, str]) -> Table:
         row = [f"{figures[budget]['recall']:.1f}" for budget in budgets]
         table.add_row(render.plain(names.get(category, category)), *row, str(figures[budgets[0]]["n"]))
     return table
+
+
+def print_systems(report: dict[str, Any], json: bool) -> None:
+    """The systems of ``memos bench scm``, a table a budget, then recall and F1 by group."""
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    systems = report["systems"]
+    first = next(iter(systems.values()))
+    for budget, some in first["overall"].items():
+        columns = list(some)
+        table = render.figures_table(f"{budget} tokens", *columns)
+        for name, figures in systems.items():
+            table.add_row(name, *(f"{figures['overall'][budget][column]:.4g}" for column in columns))
+        out.print(table)
+        out.print()
+    measures = [name for name in ("recall", "f1") if name in next(iter(first["overall"].values()))]
+    for group, by_budget in first["by_group"].items():
+        table = render.figures_table(group, *(f"{name} {budget}" for budget in by_budget for name in measures), "n")
+        for name, figures in systems.items():
+            cells = [f"{figures['by_group'][group][b][measure]:.1f}" for b in by_budget for measure in measures]
+            table.add_row(name, *cells, str(figures["by_group"][group][next(iter(by_budget))]["n"]))
+        out.print(table)
+        out.print()
+    out.print(f"LLM: {report['llm'] or 'none'}", markup=False)
+    if report["left_out"]:
+        out.print(f"Left out, because nothing is known to answer them: {report['left_out']} questions")
 
 
 def print_needles(report: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from memory_os.turn import Options, Parts
 if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
 
-__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts", "tokenizer_of"]
+__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts", "make_llm", "tokenizer_of"]
 
 
 def _auto(options: Mapping[str, Any]) -> Controller:
@@ -98,7 +98,7 @@ def build_parts(
     :raises StoreError: if the database cannot be opened.
     """
     file = database_path(path)
-    chosen_llm = _llm(llm) if isinstance(llm, str) else llm
+    chosen_llm = make_llm(llm) if isinstance(llm, str) else llm
     chosen_controller = _controller(controller, controller_options) if isinstance(controller, str) else controller
     for capability in chosen_controller.needs:
         if not isinstance(chosen_llm, capability):
@@ -158,7 +158,11 @@ def _embedder(name: str) -> Embedder:
     raise UnknownNameError("embedder", name, EMBEDDERS, "or st:NAME for any sentence-transformers model or folder")
 
 
-def _llm(name: str) -> LLM:
+def make_llm(name: str) -> LLM:
+    """The LLM of this name, not loaded yet.
+
+    :raises UnknownNameError: for a name that is no LLM's.
+    """
     if name == "smollm2" or name.startswith("hf:"):
         from memory_os.adapters.huggingface import HuggingFaceLLM
 
@@ -197,7 +201,7 @@ def _counter(tokenizer: str | TokenCounter | None, llm: LLM | None) -> TokenCoun
     if not isinstance(tokenizer, str):
         return tokenizer
     if tokenizer == "smollm2" or tokenizer.startswith("hf:"):
-        return _llm(tokenizer)
+        return make_llm(tokenizer)
     from memory_os.adapters.tokenizers import counter_for
 
     return counter_for(tokenizer)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from memory_os.benchmarks import dialogues, locomo, needle, peers
+from memory_os.adapters.scripted import ScriptedLLM
+from memory_os.benchmarks import dialogues, locomo, needle, peers, scm
 from memory_os.benchmarks.measure import Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
@@ -296,3 +297,75 @@ def test_every_benchmark_has_help_with_an_example_and_json(memos, name):
     assert code == 0
     assert "Example: " in out
     assert "JSON" in out
+
+
+# SCM
+
+
+SCM = {
+    "dialogues": [
+        {
+            "id": "d",
+            "dialogue": [
+                "My tabby cat is called Miso.",
+                "What a lovely name.",
+                "I play the trombone on Sundays.",
+                "How loud.",
+                "What else is new?",
+                "Nothing much.",
+            ],
+        }
+    ],
+    "questions": [
+        {
+            "id": "d",
+            "question": "What is my tabby cat called?",
+            "answer": "tabby cat called Miso",
+            "mode": "single-turn",
+        },
+        {"id": "d", "question": "What else is there?", "answer": "Nothing much", "mode": "multi-turn"},
+    ],
+}
+
+
+def test_token_f1_by_hand():
+    assert scm.token_f1("Miso!", "The Miso") == 1.0
+    assert scm.token_f1("it is Miso", "Miso") == pytest.approx(2 * 1 / 4)
+    assert scm.token_f1("Miso Miso", "Miso") == pytest.approx(2 * 1 / 3)
+    assert scm.token_f1("a dog", "Miso") == scm.token_f1("", "Miso") == 0.0
+    assert scm.token_f1("他住在北京。", "北京") == pytest.approx(2 * 2 / 7)
+
+
+def test_every_scm_system_runs_at_the_same_budget_and_the_ablations_do_what_they_say(tmp_path):
+    path = tmp_path / "dialogues.json"
+    path.write_text(json.dumps(SCM), encoding="utf-8")
+    conversations, left_out = dialogues.read([path])
+    llm = ScriptedLLM(lambda messages: "A" if "A or B" in messages[-1]["content"] else "Miso", context_window=9000)
+    report = scm.compare(
+        conversations, systems=list(scm.SYSTEMS), budgets=[300], llm=llm, embedder="hash", left_out=left_out
+    )
+    figures = {name: each["overall"]["300"] for name, each in report["systems"].items()}
+    assert set(report) == {"systems", "llm", "left_out"}
+    assert all(figure["n"] == 2 and figure["tokens"] <= 300 for figure in figures.values())
+    assert figures["scm-paper"]["recall"] == figures["auto"]["recall"] == 100.0
+    assert figures["scm-paper"]["calls"] == 1.0
+    assert figures["scm-repo"]["calls"] == figures["no-controller"]["calls"] == figures["auto"]["calls"] == 0.0
+    assert figures["no-activation"]["recall"] == 50.0  # the last turn only
+    assert figures["no-flash"]["recall"] == 100.0
+    assert figures["scm-paper"]["f1"] == pytest.approx(50 * 2 * 1 / 5)
+    assert set(report["systems"]["auto"]["by_group"]) == {"dialogues", "single-turn", "multi-turn"}
+
+
+def test_bench_scm_prints_its_tables_and_refuses_unknown_systems(memos, tmp_path):
+    path = tmp_path / "dialogues.json"
+    path.write_text(json.dumps(SCM), encoding="utf-8")
+    flags = ["--data", path, "--free", "--no-answers", "--embedder", "hash"]
+    code, out, _ = memos("bench", "scm", *flags, "--budgets", "200,300")
+    assert code == 0
+    assert "no-activation" in out
+    assert "single-turn" in out
+    code, out, _ = memos("bench", "scm", *flags, "--json", "--systems", "auto")
+    assert json.loads(out)["systems"]["auto"]["overall"]["1024"]["recall"] == 100.0
+    code, _, err = memos("bench", "scm", *flags, "--systems", "scm9")
+    assert code == 1
+    assert "unknown system 'scm9'" in err

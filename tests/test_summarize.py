@@ -332,7 +332,7 @@ def test_the_command_prints_the_summary_and_its_levels(tmp_path, monkeypatch, ca
 
     path = tmp_path / "story.txt"
     path.write_text(story(40), encoding="utf-8")
-    monkeypatch.setattr(build, "_llm", lambda name: ScriptedLLM(gist))  # noqa: F821
+    monkeypatch.setattr(build, "make_llm", lambda name: ScriptedLLM(gist))  # noqa: F821
     flags = ["--store", str(tmp_path / "m.db"), "--embedder", "hash"]
     app(["summarize", str(path), *flags], standalone_mode=False)
     out, err = capsys.readouterr()
