@@ -59,6 +59,7 @@ def summarize(
     file: Annotated[str, typer.Argument(help="Text, Markdown, or a chat in JSON or JSONL.")],
     format: Annotated[str | None, typer.Option("--format", "-f", help="text, markdown or chat.")] = None,
     source: Annotated[str | None, typer.Option("--source", help="The source's name; the path if left out.")] = None,
+    pick: Annotated[str | None, typer.Option("--pick", help="Of several conversations, the one with this id.")] = None,
     json: Json = False,
     store: Store = None,
     namespace: Namespace = None,
@@ -81,7 +82,7 @@ def summarize(
     }  # fmt: skip
     with opened(flags, llm=True) as (_, scope, _), _levels() as progress:
         try:
-            summary = scope.summarize(file, format=format, name=source, progress=progress)
+            summary = scope.summarize(file, format=format, name=source, pick=pick, progress=progress)
         except KeyboardInterrupt:
             render.talk().print("Stopped; what was summarised is kept. Run it again to go on.")
             raise

@@ -234,6 +234,7 @@ class Scope:
         *,
         format: str | None = None,
         name: str | None = None,
+        pick: str | None = None,
         progress: Callable[[int, int, int], None] | None = None,
     ) -> Summary:
         """Store a file as ``ingest`` does, and summarise it, however long it is.
@@ -252,8 +253,11 @@ class Scope:
             raise ConfigError(
                 'a summary needs an LLM: open the memory with llm="smollm2", "provider:model" or an object'
             )
-        self.ingest(source, format=format, name=name)
-        passages = parts.store.of_source(self.labels, self._label(source, name))
+        self.ingest(source, format=format, name=name, pick=pick)
+        # by key: the file as it is now, whatever else was stored of it before
+        keys = [segment.key for segment in self._read(source, format, name, pick) if segment.key]
+        stored = parts.store.by_key(self.labels, keys)
+        passages = [stored[key] for key in keys if key in stored]
         if parts.backlog:
             parts.backlog.pause()
         return Summarizer(parts.store, parts.embedder, parts.llm, self.labels, progress).run(passages)
@@ -270,13 +274,6 @@ class Scope:
             raise UnknownNameError("summary", str(ref), hint="it is a segment, but not a summary")
         return sources_of(self._parts.store, self.labels, summary)
 
-    @staticmethod
-    def _label(source: str | Path | IO[bytes], name: str | None) -> str:
-        """The identity under which a source's segments are stored."""
-        if name is None and isinstance(source, str | Path):
-            return str(Path(source).expanduser().absolute())
-        return name or "-"
-
     def _read(
         self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
@@ -287,13 +284,13 @@ class Scope:
             except OSError as error:
                 raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(source)) from error
             with stream:
-                label = self._label(source, name)
+                label = name or str(path)
                 session = self.session_name or path.stem
                 yield from with_keys(
                     read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
                 )
             return
-        label = self._label(source, name)
+        label = name or "-"
         session = self.session_name or DEFAULT_SESSION
         source.seek(0)
         yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)

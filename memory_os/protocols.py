@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from memory_os.types import Candidate, Decision, Form, Message, Namespace, NewSegment, Segment, Trace
+from memory_os.types import Candidate, Decision, Form, Kind, Message, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -252,19 +252,22 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def find(self, namespace: Namespace, ref: str) -> Segment | None:
         """The segment with this id, or with this ``seq`` where ``ref`` is a number."""
 
-    def by_key(self, namespace: Namespace, key: str) -> Segment | None:
-        """The segment that was stored under this key."""
-
-    def of_source(self, namespace: Namespace, source: str) -> list[Segment]:
-        """What was stored of a source, summaries left out, in the order of ``seq``."""
+    def by_key(self, namespace: Namespace, keys: Iterable[str]) -> dict[str, Segment]:
+        """The segments that exist, by the key they were stored under."""
 
     def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
-        """These ids, and those of every summary that was made of them, through all levels."""
+        """These ids, and those of every summary that was made of them or shown them, through all levels."""
 
     def tail(
-        self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None
+        self,
+        namespace: Namespace,
+        n: int,
+        *,
+        session: str | None = None,
+        upto: int | None = None,
+        kind: Kind | None = None,
     ) -> list[Segment]:
-        """The last ``n`` segments (of the session) with ``seq <= upto``, in the order of ``seq``."""
+        """The last ``n`` segments (of the session, of the kind) with ``seq <= upto``, in the order of ``seq``."""
 
     def scan(self, namespace: Namespace, *, session: str | None = None, after: int = 0) -> Iterator[Segment]:
         """Every segment (of the session) with ``seq > after``, in the order of ``seq``."""

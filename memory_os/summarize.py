@@ -18,6 +18,7 @@ from typing import TypeVar
 from memory_os.ask import reply_to
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, InvalidInputError, LLMError
+from memory_os.ingest import check_text
 from memory_os.lexical import language_of
 from memory_os.protocols import LLM, Embedder, RecordStore
 from memory_os.types import Namespace, NewSegment, Segment
@@ -33,6 +34,8 @@ FLASH = 500
 """A block of fewer tokens is background for the next one as it is, a longer one as its summary."""
 OPENING_CHARS = 1200
 BLOCK_WORDS, BLOCK_REPLY, THEME_REPLY = 500, 700, 60
+SHRINK = 0.9
+"""A level of more than this share of the tokens below it is the last."""
 MARGIN = 64
 """Tokens kept free in the context window besides prompt and reply, for what merges where texts meet."""
 
@@ -110,10 +113,10 @@ class Summarizer:
         while len(levels[-1]) > 1:
             below = levels[-1]
             levels.append(self._reduced(below, len(levels) + 1))
-            # a model that heeds no limit would go on for ever
-            if len(levels[-1]) > 1 and self._tokens(levels[-1]) >= self._tokens(below):
+            # a model that heeds no limit could go on for ever
+            if len(levels[-1]) > 1 and self._tokens(levels[-1]) > SHRINK * self._tokens(below):
                 complete = False
-                self.notes.append(f"level {len(levels)} is no shorter than the one below it; stopped there")
+                self.notes.append(f"level {len(levels)} is hardly shorter than the one below it; stopped there")
                 break
         catch_up(self.store, self.embedder, self.namespace)
         text = "\n\n".join(segment.text for segment in levels[-1])
@@ -123,7 +126,8 @@ class Summarizer:
 
     def _blocks(self, passages: Sequence[Segment], meeting: bool) -> list[Segment]:
         """A summary of each block, carrying flash memory: the block before it, or its summary if that is long."""
-        theme = self._theme(passages) if meeting else ""
+        about = [self._theme(passages)] if meeting else []
+        theme = about[0].text.splitlines()[0] if about else ""
         reply = min(BLOCK_REPLY, self.llm.context_window // 5)
         empty = self._n(self._block_prompt("", "", theme, passages[0]))
         limit = self.llm.context_window - empty - 2 * reply - MARGIN  # the background is no longer than a reply
@@ -132,21 +136,21 @@ class Summarizer:
         limit = min(MEETING_BLOCK if meeting else DOCUMENT_BLOCK, limit)
         blocks = packed(passages, lambda passage: self._n(_line(passage, meeting) + "\n\n"), limit)
         summaries: list[Segment] = []
-        carried = ""
+        carried, shown = "", list[Segment]()
         for n, block in enumerate(blocks):
             text = self._cut("\n\n".join(_line(passage, meeting) for passage in block), limit, block)
             prompt = self._block_prompt(text, carried, theme, block[0])
-            summaries.append(self._summary(1, block, prompt, reply, n, len(blocks)))
-            carried = text if self._n(text) < min(FLASH, reply) else summaries[-1].text
+            summaries.append(self._summary(1, block, prompt, reply, n, len(blocks), [*about, *shown]))
+            short = self._n(text) < min(FLASH, reply)
+            carried, shown = (text, block) if short else (summaries[-1].text, summaries[-1:])
         return summaries
 
-    def _theme(self, passages: Sequence[Segment]) -> str:
+    def _theme(self, passages: Sequence[Segment]) -> Segment:
         opening: list[Segment] = []
         while len(opening) < len(passages) and sum(len(_line(p, True)) for p in opening) < OPENING_CHARS:
             opening.append(passages[len(opening)])
         text = "\n".join(_line(passage, True) for passage in opening)[:OPENING_CHARS]
-        theme = self._summary(0, opening, THEME[language_of(text)].format(text=text), THEME_REPLY, 0, 1)
-        return theme.text.splitlines()[0]
+        return self._summary(0, opening, THEME[language_of(text)].format(text=text), THEME_REPLY, 0, 1)
 
     @staticmethod
     def _block_prompt(text: str, carried: str, theme: str, first: Segment) -> str:
@@ -175,45 +179,64 @@ class Summarizer:
     # -- one summary -----------------------------------------------------------------------------------------------
 
     def _summary(
-        self, level: int, of: Sequence[Segment], prompt: str, max_tokens: int, done: int, total: int
+        self,
+        level: int,
+        of: Sequence[Segment],
+        prompt: str,
+        max_tokens: int,
+        done: int,
+        total: int,
+        background: Sequence[Segment] = (),
     ) -> Segment:
-        """The summary that this prompt gives: the stored one, or one that is made and stored now."""
+        """The summary that this prompt gives: the stored one, or one that is made and stored now.
+
+        :param background: what the prompt shows besides; parts of it may find their way into the summary.
+        """
         if self.progress:
             self.progress(level, done, total)
         ids = [segment.id for segment in of]
         content = json.dumps([VERSION, self.llm.name, level, ids, max_tokens, prompt], ensure_ascii=False)
         key = f"summary.{hashlib.sha256(content.encode()).hexdigest()[:40]}"
-        known = self.store.by_key(self.namespace, key)
+        known = self.store.by_key(self.namespace, [key]).get(key)
         if known is None:
             self.calls += 1
-            text = reply_to(self.llm, prompt, max_tokens=max_tokens)
-            if not text:
-                raise LLMError(self.llm.name, "it gave an empty summary; run it again, or use another model")
-            known = self._stored(level, of, text, key)
+            known = self._stored(level, of, background, self._said(prompt, max_tokens), key)
         else:
             self.found += 1
         if self.progress:
             self.progress(level, done + 1, total)
         return known
 
-    def _stored(self, level: int, of: Sequence[Segment], text: str, key: str) -> Segment:
+    def _said(self, prompt: str, max_tokens: int) -> str:
+        text = reply_to(self.llm, prompt, max_tokens=max_tokens)
+        try:
+            return check_text(text)
+        except InvalidInputError as error:
+            raise LLMError(self.llm.name, f"its summary cannot be kept: {error}; run it again") from error
+
+    def _stored(self, level: int, of: Sequence[Segment], background: Sequence[Segment], text: str, key: str) -> Segment:
         first, last = of[0], of[-1]
         source = first.source or first.session
         what = "theme" if level == 0 else "summary"
+        ids = {"of": [segment.id for segment in of], "background": [segment.id for segment in background]}
         new = NewSegment(
             text,
             first.session,
             role="system",
             speaker=f"{what} of {PurePath(source).name or source}",
             kind="summary",
+            created_at=last.created_at,
             source=source,
             offset=(first.offset[0], last.offset[1]) if first.offset and last.offset else None,
-            metadata={"level": level, "of": [segment.id for segment in of], "by": self.llm.name},
+            metadata={"level": level, **ids, "by": self.llm.name},
             key=key,
         )
         self.store.append(self.namespace, [new])
-        stored = self.store.by_key(self.namespace, key)
-        assert stored is not None
+        stored = self.store.by_key(self.namespace, [key])[key]
+        needed = {*ids["of"], *ids["background"]}
+        if len(self.store.get(self.namespace, needed)) < len(needed):  # forgotten while the LLM was at it
+            self.store.delete(self.namespace, [stored.id])
+            raise InvalidInputError("some of it was forgotten meanwhile; run it again", source=source)
         return stored
 
     # -- tokens ----------------------------------------------------------------------------------------------------
@@ -257,11 +280,14 @@ def packed(items: Sequence[T], cost: Callable[[T], int], limit: int) -> list[lis
 
 def sources_of(store: RecordStore, namespace: Namespace, summary: Segment) -> list[Segment]:
     """The stored passages that a summary was made of, through all levels, in the order of ``seq``."""
-    level = [summary]
-    while any(segment.kind == "summary" for segment in level):
-        ids = [id_ for segment in level for id_ in segment.metadata.get("of", ())]
-        level = list(store.get(namespace, ids).values())
-    return sorted(level, key=lambda segment: segment.seq)
+    seen, found, open_ends = {summary.id}, list[Segment](), [summary]
+    while open_ends:
+        of = open_ends.pop().metadata.get("of")
+        new = set(of if isinstance(of, list) else ()) - seen  # an import may hold anything
+        seen |= new
+        for segment in store.get(namespace, new).values():
+            (open_ends if segment.kind == "summary" else found).append(segment)
+    return sorted(found, key=lambda segment: segment.seq)
 
 
 def _line(passage: Segment, meeting: bool) -> str:

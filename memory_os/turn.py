@@ -152,7 +152,7 @@ def prepare(
     # flash memory: always in, never recalled
     own = parts.controller if isinstance(parts.controller, FlashController) else None
     n = own.looks_back if own else parts.options.flash_turns
-    recent = parts.store.tail(namespace, n, session=session, upto=upto) if session else []
+    recent = parts.store.tail(namespace, n, session=session, upto=upto, kind="turn") if session else []
     memory.flash = flash = fit_flash(own.flash(recent, memory) if own else recent, frame)
     texts = {segment.id: segment.text for segment in recent}
     shortened = [f"#{segment.seq}" for segment in flash if segment.text != texts[segment.id]]

@@ -5,6 +5,7 @@ Functions on an open connection, called by the store inside its transactions.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import sqlalchemy as sa
@@ -73,17 +74,24 @@ def last_activations(connection: sa.Connection, ns: int) -> dict[int, int]:
 
 
 def with_summaries(connection: sa.Connection, ns: int, ids: Sequence[str]) -> list[str]:
-    """These ids, each once, and those of every summary of a document that was made of them, through all levels."""
-    found = dict.fromkeys(ids)
-    keyed = segments.c.key.between("summary.", "summary/")  # by the index of keys: "/" comes after "."
+    """These ids, each once, and those of every summary of a document that rests on them, through all levels.
+
+    What a summary's prompt showed as background counts too: it may have found its way into the text.
+    """
     made = connection.execute(
-        select(segments.c.id, segments.c.metadata)
-        .where(segments.c.namespace_id == ns, keyed, segments.c.kind == "summary")
-        .order_by(segments.c.seq)  # a summary comes after what it was made of, so one pass is enough
+        select(segments.c.id, segments.c.metadata).where(segments.c.namespace_id == ns, segments.c.kind == "summary")
     )
-    for row in made:
-        if any(part in found for part in row.metadata.get("of", ())):
-            found[row.id] = None
+    rest_on: defaultdict[str, list[str]] = defaultdict(list)
+    for id_, metadata in made:
+        for field in ("of", "background"):
+            named = metadata.get(field)
+            for part in named if isinstance(named, list) else ():  # an import may hold anything
+                rest_on[str(part)].append(id_)
+    found, open_ends = dict.fromkeys(ids), list(ids)
+    while open_ends:
+        new = [id_ for id_ in rest_on[open_ends.pop()] if id_ not in found]
+        found.update(dict.fromkeys(new))
+        open_ends += new
     return list(found)
 
 

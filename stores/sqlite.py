@@ -24,7 +24,7 @@ from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
 from memory_os.stores.schema import SUMMARY_TASK, VECTOR_TASK, namespaces, pending, segments, summaries, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict
-from memory_os.types import Namespace, NewSegment, Segment, Trace
+from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
     from memory_os.protocols import Matrix
@@ -146,12 +146,19 @@ class SqliteStore:
 
     def get(self, namespace: Namespace, ids: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by id."""
-        found: dict[str, Segment] = {}
+        return {segment.id: segment for segment in self._having(namespace, segments.c.id, ids)}
+
+    def by_key(self, namespace: Namespace, keys: Iterable[str]) -> dict[str, Segment]:
+        """The segments that exist, by the key they were stored under."""
+        return {segment.key: segment for segment in self._having(namespace, segments.c.key, keys) if segment.key}
+
+    def _having(self, namespace: Namespace, column: sa.Column[Any], values: Iterable[str]) -> list[Segment]:
+        found: list[Segment] = []
         with self.database.read() as connection:
             ns = self._namespace_id(connection, namespace)
-            for part in parts(list(ids)):
-                query = select(segments).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
-                found.update((row.id, to_segment(row, namespace)) for row in connection.execute(query))
+            for part in parts(list(values)):
+                query = select(segments).where(segments.c.namespace_id == ns, column.in_(part))
+                found += (to_segment(row, namespace) for row in connection.execute(query))
         return found
 
     def find(self, namespace: Namespace, ref: str) -> Segment | None:
@@ -163,35 +170,29 @@ class SqliteStore:
             row = connection.execute(select(segments).where(segments.c.namespace_id == ns, which)).one_or_none()
             return to_segment(row, namespace) if row else None
 
-    def by_key(self, namespace: Namespace, key: str) -> Segment | None:
-        """The segment that was stored under this key."""
-        with self.database.read() as connection:
-            mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
-            row = connection.execute(select(segments).where(mine, segments.c.key == key)).one_or_none()
-            return to_segment(row, namespace) if row else None
-
-    def of_source(self, namespace: Namespace, source: str) -> list[Segment]:
-        """What was stored of a source, summaries left out, in the order of ``seq``."""
-        with self.database.read() as connection:
-            mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
-            query = select(segments).where(mine, segments.c.source == source, segments.c.kind != "summary")
-            return [to_segment(row, namespace) for row in connection.execute(query.order_by(segments.c.seq))]
-
     def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
-        """These ids, and those of every summary that was made of them, through all levels."""
+        """These ids, and those of every summary that was made of them or shown them, through all levels."""
         with self.database.read() as connection:
             return digest.with_summaries(connection, self._namespace_id(connection, namespace), ids)
 
     def tail(
-        self, namespace: Namespace, n: int, *, session: str | None = None, upto: int | None = None
+        self,
+        namespace: Namespace,
+        n: int,
+        *,
+        session: str | None = None,
+        upto: int | None = None,
+        kind: Kind | None = None,
     ) -> list[Segment]:
-        """The last ``n`` segments (of the session) with ``seq <= upto``, in the order of ``seq``."""
+        """The last ``n`` segments (of the session, of the kind) with ``seq <= upto``, in the order of ``seq``."""
         with self.database.read() as connection:
             query = select(segments).where(segments.c.namespace_id == self._namespace_id(connection, namespace))
             if session is not None:
                 query = query.where(segments.c.session == session)
             if upto is not None:
                 query = query.where(segments.c.seq <= upto)
+            if kind is not None:
+                query = query.where(segments.c.kind == kind)
             rows = connection.execute(query.order_by(segments.c.seq.desc()).limit(n)).all()
         return [to_segment(row, namespace) for row in reversed(rows)]
 
@@ -351,7 +352,8 @@ class SqliteStore:
             ns = self._namespace_id(connection, namespace)
             asks = sa.or_(*(func.rtrim(segments.c.text).like(f"%{mark}") for mark in "?？"))
             c = segments.c
-            who = func.coalesce(c.speaker, c.role)
+            # a question names people, and not "summary of jane_eyre.txt"
+            who = sa.case((c.kind == "summary", c.role), else_=func.coalesce(c.speaker, c.role))
             rows = connection.execute(
                 select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant")
                 .where(c.namespace_id == ns, c.pk > after)
