@@ -135,20 +135,26 @@ class ScmController:
             return _decision([], memory, f"scm: memory is not needed; judged {who}", Reason.UNRELATED)
         ranked = [self._turn(memory, row, self.w_recency) for row in self._order(memory, self.w_recency)[: 3 * self.k]]
         turns = [turn for turn in ranked if turn.parts][: self.k]
+        choices = self._fit(query, memory, turns, budget, most, asks)
+        return _decision(choices, memory, f"scm: memory is needed; judged {who}")
+
+    def _fit(
+        self, query: str, memory: MemoryView, turns: Sequence[Turn], budget: int, most: int, asks: bool
+    ) -> list[Choice]:
+        """Q2 where the turns are too long together, and the form of each."""
         room = budget - memory.cost_of_dates([part.segment for turn in turns for part in turn.parts])
-        limit, costs = min(room, most), [turn.n_tokens for turn in turns]
-        ask: Callable[[Turn], Form | None] | None
-        if sum(costs) > limit and max(costs) <= self.item_limit:  # no turn is long: only the budget counts
+        limit = min(room, most)
+        ask: Callable[[Turn], Form | None] | None = partial(self._enough, query, memory, asks)
+        if (
+            max((turn.n_tokens for turn in turns), default=0) <= self.item_limit
+        ):  # no turn is long: only the budget counts
             limit, ask = room, None
-        else:
-            ask = partial(self._enough, query, memory, asks)
         fits = fitted(turns, limit, ask=ask, summary_cost=partial(self._summary_cost, memory))
-        active = [(turn, form, reason) for turn, (form, reason) in zip(turns, fits, strict=True)]
-        return _decision(
-            [choice for each in active for choice in self._choices(memory, *each)],
-            memory,
-            f"scm: memory is needed; judged {who}",
-        )
+        return [
+            choice
+            for turn, (form, reason) in zip(turns, fits, strict=True)
+            for choice in self._choices(memory, turn, form, reason)
+        ]
 
     def _needed(self, query: str, memory: MemoryView, asks: bool) -> bool:
         """Q1. What cannot be read means yes: memory in vain costs tokens, memory that is missing costs the answer."""
@@ -189,12 +195,11 @@ class ScmController:
 
     def _enough(self, query: str, memory: MemoryView, asks: bool, turn: Turn) -> Form | None:
         """Q2: nothing of a turn that does not help, its summary if that helps as well, else all of it."""
-        summary = "\n".join(self._summary(part.segment, memory) for part in turn.parts)
         if not asks:
             in_full = coverage(query, turn.text)
             if not in_full:
                 return None
-            return Form.SUMMARY if coverage(query, summary) >= in_full else Form.FULL
+            return Form.SUMMARY if coverage(query, self._summary_of(turn, memory)) >= in_full else Form.FULL
 
         def helps(text: str, what: str) -> str:
             purpose = f"whether {what} {turn.title} helps to answer"
@@ -202,12 +207,19 @@ class ScmController:
 
         if helps(turn.text, "all of") == "no":
             return None
+        summary = self._summary_of(turn, memory)
         return Form.SUMMARY if summary != turn.text and helps(summary, "the summary of") == "yes" else Form.FULL
 
+    def _summary_of(self, turn: Turn, memory: MemoryView) -> str:
+        return "\n".join(self._summary(part.segment, memory) for part in turn.parts)
+
     def _choices(self, memory: MemoryView, turn: Turn, form: Form | None, reason: Reason) -> list[Choice]:
-        """The verdict on each segment of a turn; a segment whose summary is its own text enters in full."""
+        """The verdict on each segment of a turn; a segment whose summary is its own text enters in full.
+
+        The longest comes first: if the best turn is too long by itself, that is what the packer cuts.
+        """
         choices = []
-        for part in turn.parts:
+        for part in sorted(turn.parts, key=lambda part: -part.n_tokens):
             text = self._summary(part.segment, memory) if form is Form.SUMMARY else None
             if text == part.segment.text:
                 choices.append(Choice(part.segment.id, Form.FULL, Reason.RELEVANT))

@@ -16,7 +16,7 @@ from memory_os.controllers.scm import ScmController, fitted
 from memory_os.errors import LLMError
 from memory_os.lexical import language_of
 from memory_os.turn_summary import by_llm, extract, prompt_for
-from memory_os.types import Form, Reason
+from memory_os.types import Action, Form, Reason
 
 NEEDED, HELPS, SUMMARY = "is information from earlier", "Can the content help", "Summarise the text"
 
@@ -358,6 +358,29 @@ def test_every_summary_over_budget_still_ends_within_the_calls_it_may_make(tmp_p
         context = scope.session("new").context("topic1 word1", budget=90)
     assert context.n_tokens <= 90
     assert len(llm.calls) <= 1 + 2 * (k - 1) + k  # Q1, Q2 twice for all but the best, and a summary each
+
+
+def test_no_summary_is_made_of_a_turn_that_does_not_help(tmp_path):
+    llm = judge(helps=lambda text: "B")
+    with opened(tmp_path / "m.db", llm, controller=ScmController(k=4, summary_from=20)) as memory:
+        scope = memory.namespace("a")
+        talked(scope, *long_turns())
+        context = scope.session("new").context("topic1 word1", budget=150)
+    assert [p for p in purposes(context) if p.startswith("a summary")] == []
+    assert sum("helps" in p for p in purposes(context)) == 3
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_a_turn_that_is_too_long_by_itself_is_cut_at_its_long_part(tmp_path, control):
+    controller = ScmController(control=control, summary_from=10_000)
+    with opened(tmp_path / "m.db", judge(), controller=controller) as memory:
+        scope = memory.namespace("a")
+        talked(scope, ("Tell me of kites", "The kite " + "flies and flies " * 100))
+        context = scope.session("new").context("kite", budget=150)
+    by_seq = {e.seq: e for e in context.ledger}
+    assert by_seq[2].action is Action.TRIMMED
+    assert by_seq[1].action is Action.ACTIVATED
+    assert context.n_tokens <= 150
 
 
 def test_nothing_is_asked_twice_within_a_turn(tmp_path):
