@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import statistics
-import string
 import tempfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +57,8 @@ def token_f1(answer: str, reference: str) -> float:
 def _tokens(text: str, by_character: bool) -> list[str]:
     if by_character:
         return re.findall(r"\w", text.lower())
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    # by category, as references are full of typographic quotes, which an LLM writes straight
+    bare = "".join(letter for letter in text.lower() if unicodedata.category(letter)[0] not in "PS")
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
@@ -81,6 +82,7 @@ def compare(
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown:
         raise UnknownNameError("system", unknown[0], SYSTEMS)
+    systems, budgets = list(dict.fromkeys(systems)), sorted(set(budgets))  # what is named twice must not count twice
     total = len(systems) * sum(len(conversation.questions) for conversation in conversations)
     if not total:
         raise InvalidInputError("there is no question with evidence in it")

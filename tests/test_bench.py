@@ -8,7 +8,7 @@ import pytest
 
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.benchmarks import dialogues, locomo, needle, peers, scm
-from memory_os.benchmarks.measure import Turn, measure
+from memory_os.benchmarks.measure import Conversation, Question, Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
 
@@ -369,3 +369,14 @@ def test_bench_scm_prints_its_tables_and_refuses_unknown_systems(memos, tmp_path
     code, _, err = memos("bench", "scm", *flags, "--systems", "scm9")
     assert code == 1
     assert "unknown system 'scm9'" in err
+
+
+def test_typographic_quotes_are_punctuation_too():
+    assert scm.token_f1("the website's robots", "The “website’s” robots") == 1.0
+
+
+def test_what_is_named_twice_counts_once():
+    turn = Turn("0", "dialogue", "My cat is called Miso.")
+    talk = Conversation("d", (turn,), (Question("What is my cat called?", ("0",), answer="Miso"),))
+    report = scm.compare([talk], systems=["auto", "auto"], budgets=[300, 300], llm=None, embedder="hash")
+    assert report["systems"]["auto"]["overall"]["300"]["n"] == 1
