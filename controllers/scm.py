@@ -25,17 +25,19 @@ __all__ = ["Gate", "ScmController", "Turn", "fitted"]
 
 Gate = Literal["auto", "llm", "free"]
 PAPER: Mapping[str, Any] = {
-    "name": "scm-paper", "w_recency": 1.0, "total_limit": 2000, "item_limit": 800, "gate": "llm", "summaries": "llm",
+    "name": "scm-paper", "w_recency": 1.0, "total_limit": 2000, "item_limit": 800, "best_last": False, "gate": "llm",
+    "summaries": "llm",
 }  # fmt: skip
 REPO: Mapping[str, Any] = {
-    "name": "scm-repo", "k": 4, "w_recency": 0.0, "ask_first": False, "gate": "llm", "summaries": "llm",
+    "name": "scm-repo", "k": 4, "w_recency": 0.0, "best_last": False, "ask_first": False, "gate": "llm",
+    "summaries": "llm",
 }  # fmt: skip
 ASKED = {None: Reason.NO_HELP, Form.SUMMARY: Reason.SUMMARY_ENOUGH, Form.FULL: Reason.RELEVANT}
 
 
 @dataclass(frozen=True)
 class ScmController:
-    """SCM's controller. The defaults are the paper's form with recency weighed less; see the presets.
+    """SCM's controller. The defaults are the paper's form but for ``w_recency`` and ``best_last``; see the presets.
 
     :param k: turns to activate.
     :param w_relevance: weight of the cosine between query and turn.
@@ -46,6 +48,7 @@ class ScmController:
     :param total_limit: most tokens of activated turns and flash memory together, budget permitting.
     :param item_limit: Q2 is only asked if one activated turn has more tokens than this.
     :param summary_from: segments of more tokens than this have summaries (cl100k_base).
+    :param best_last: whether weaker turns are left out before the best one is shortened; not so in the paper's form.
     :param gate: who answers Q1 and Q2: ``"llm"``, ``"free"`` (no LLM call), or ``"auto"``: the LLM where there is one.
     :param summaries: who makes summaries, likewise.
     :param ask_first: whether Q1 is asked; otherwise memory is always consulted.
@@ -64,6 +67,7 @@ class ScmController:
     summary_from: int = 200
     gate: Gate = "auto"
     summaries: Gate = "auto"
+    best_last: bool = True
     ask_first: bool = True
     control: bool = True
     activate: bool = True
@@ -149,7 +153,8 @@ class ScmController:
             max((turn.n_tokens for turn in turns), default=0) <= self.item_limit
         ):  # no turn is long: only the budget counts
             limit, ask = room, None
-        fits = fitted(turns, limit, ask=ask, summary_cost=partial(self._summary_cost, memory))
+        cost = partial(self._summary_cost, memory)
+        fits = fitted(turns, limit, ask=ask, summary_cost=cost, best_last=self.best_last)
         return [
             choice
             for turn, (form, reason) in zip(turns, fits, strict=True)
@@ -277,12 +282,14 @@ def fitted(
     *,
     ask: Callable[[Turn], Form | None] | None,
     summary_cost: Callable[[Turn], int],
+    best_last: bool = False,
 ) -> list[tuple[Form | None, Reason]]:
     """The form of each turn so that all together take at most ``limit`` tokens, and why.
 
     In full while they fit. Otherwise from the worst to the second best each is asked about (``ask``); then from the
-    worst on turns become summaries, and then are left out, until the rest fits. The best stays, and is cut by the
-    packer if it is too long even so: the released code has no such end and loops.
+    worst on turns become summaries, and then are left out, until the rest fits. The best turn is shortened with the
+    others, or last (``best_last``), and never left out: the packer cuts it if it is too long even so. The released code
+    has no such end and loops.
 
     :param turns: the best first.
     :param ask: Q2; ``None`` where it is not to be asked.
@@ -301,12 +308,14 @@ def fitted(
         for i in worst_first[:-1]:
             form = ask(turns[i])
             fits[i] = (form, ASKED[form])
-    for i in worst_first:
+    for i in worst_first[:-1] if best_last else worst_first:
         if fits[i][0] is Form.FULL and over():
             fits[i] = (Form.SUMMARY, Reason.SHORTENED)
     for i in worst_first[:-1]:
         if fits[i][0] and over():
             fits[i] = (None, Reason.OVER_BUDGET)
+    if best_last and over():
+        fits[0] = (Form.SUMMARY, Reason.SHORTENED)
     return fits
 
 

@@ -263,8 +263,8 @@ class Sized:
         return self.full
 
 
-def fit(turns, limit, ask=None):
-    return [form for form, _ in fitted(turns, limit, ask=ask, summary_cost=lambda t: t.short)]
+def fit(turns, limit, ask=None, **options):
+    return [form for form, _ in fitted(turns, limit, ask=ask, summary_cost=lambda t: t.short, **options)]
 
 
 def test_all_in_full_while_they_fit_and_nobody_is_asked():
@@ -291,17 +291,23 @@ def test_still_too_long_turns_become_summaries_and_then_go_from_the_worst_on():
     assert fit(turns, 95, keep) == [Form.SUMMARY] * 3
     assert fit(turns, 65, keep) == [Form.SUMMARY, Form.SUMMARY, None]
     assert fit(turns, 10, keep) == [Form.SUMMARY, None, None]  # the best stays; the packer cuts it
+    # the best last: weaker turns go before it is shortened
+    assert fit(turns, 125, keep, best_last=True) == [Form.FULL, Form.SUMMARY, Form.SUMMARY]
+    assert fit(turns, 95, keep, best_last=True) == [Form.FULL, Form.SUMMARY, None]
+    assert fit(turns, 65, keep, best_last=True) == [Form.FULL, None, None]
+    assert fit(turns, 35, keep, best_last=True) == [Form.SUMMARY, None, None]
 
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), max_size=8),
     limit=st.integers(0, 300),
     answers=st.lists(st.sampled_from([None, Form.SUMMARY, Form.FULL]), min_size=8, max_size=8),
+    best_last=st.booleans(),
 )
-def test_fitting_ends_within_the_limit_or_with_the_best_alone(sizes, limit, answers):
+def test_fitting_ends_within_the_limit_or_with_the_best_alone(sizes, limit, answers, best_last):
     turns = [Sized(max(pair), min(pair)) for pair in sizes]
     asked = iter(answers)
-    forms = fit(turns, limit, lambda turn: next(asked))
+    forms = fit(turns, limit, lambda turn: next(asked), best_last=best_last)
     cost = {Form.FULL: "full", Form.SUMMARY: "short"}
     total = sum(getattr(turn, cost[form]) for turn, form in zip(turns, forms, strict=True) if form)
     assert total <= limit or all(form is None for form in forms[1:])
