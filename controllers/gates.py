@@ -30,6 +30,7 @@ HELPS = {
 }
 
 _SAYS = r"\W*(?:(?:{letter}[).:：、]?\s*)?(?:{words})(?:\W*$|[,.;:!，。；：！])|{letter}\W*$)"
+_OPTION = re.compile(r"\W*[AB]\b", re.IGNORECASE)
 _NO = re.compile(_SAYS.format(letter="B", words="no|不需要|不能|不可以|否|不"), re.IGNORECASE)
 _YES = re.compile(_SAYS.format(letter="A", words="yes|需要|能|可以|是"), re.IGNORECASE)
 
@@ -47,16 +48,21 @@ def helps_prompt(query: str, text: str) -> str:
 
 
 def read_verdict(answer: str) -> Literal["yes", "no", "unreadable"]:
-    """What an answer says; it must begin with a letter or word that was asked for, and mean it.
+    """What an answer says: its first line is a letter or word that was asked for, and means it; reasons may follow.
 
     >>> read_verdict("(B) no"), read_verdict("A"), read_verdict("不需要。"), read_verdict("Yes, it is.")
     ('no', 'yes', 'no', 'yes')
     >>> read_verdict("A good question!"), read_verdict("A) no"), read_verdict("不知道"), read_verdict("")
     ('unreadable', 'unreadable', 'unreadable', 'unreadable')
+    >>> read_verdict("A) yes\\nIt names the dog."), read_verdict("A) yes\\nB) no")
+    ('yes', 'unreadable')
     """
-    if _NO.match(answer):
+    first, *rest = answer.strip().splitlines() or [""]
+    if any(_OPTION.match(line) for line in rest):  # it repeats what could be answered
+        return "unreadable"
+    if _NO.match(first):
         return "no"
-    return "yes" if _YES.match(answer) else "unreadable"
+    return "yes" if _YES.match(first) else "unreadable"
 
 
 def coverage(query: str, text: str) -> float:
