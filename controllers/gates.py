@@ -30,7 +30,7 @@ HELPS = {
 }
 
 _SAYS = r"\W*(?:(?:{letter}[).:：、]?\s*)?(?:{words})(?:\W*$|[,.;:!，。；：！])|{letter}\W*$)"
-_OPTION = re.compile(r"\W*[AB]\b", re.IGNORECASE)
+_OPTION = re.compile(r"\W*[AB]\W*[).:：、]", re.IGNORECASE)
 _NO = re.compile(_SAYS.format(letter="B", words="no|不需要|不能|不可以|否|不"), re.IGNORECASE)
 _YES = re.compile(_SAYS.format(letter="A", words="yes|需要|能|可以|是"), re.IGNORECASE)
 
@@ -48,13 +48,13 @@ def helps_prompt(query: str, text: str) -> str:
 
 
 def read_verdict(answer: str) -> Literal["yes", "no", "unreadable"]:
-    """What an answer says: its first line is a letter or word that was asked for, and means it; reasons may follow.
+    r"""What an answer says: its first line is a letter or word that was asked for, and means it; reasons may follow.
 
     >>> read_verdict("(B) no"), read_verdict("A"), read_verdict("不需要。"), read_verdict("Yes, it is.")
     ('no', 'yes', 'no', 'yes')
     >>> read_verdict("A good question!"), read_verdict("A) no"), read_verdict("不知道"), read_verdict("")
     ('unreadable', 'unreadable', 'unreadable', 'unreadable')
-    >>> read_verdict("A) yes\\nIt names the dog."), read_verdict("A) yes\\nB) no")
+    >>> read_verdict("A) yes\nIt names the dog."), read_verdict("A) yes\nB) no")
     ('yes', 'unreadable')
     """
     first, *rest = answer.strip().splitlines() or [""]
