@@ -44,9 +44,8 @@ class HuggingFaceLLM:
     :param dtype: a torch dtype by name; ``"auto"`` is bfloat16 where the machine computes with it, else float32.
     :param context_window: most tokens of prompt and reply together; by default what the model was made for.
     :param temperature: 0 is greedy and gives the same reply every time.
-    :param repetition_penalty: over 1 makes tokens less likely that the reply already has; those of the prompt are not
-        touched, as an answer is made of them. By default 1.2 for ``"smollm2"``, which else repeats itself until the
-        limit, and 1 for others.
+    :param no_repeat_ngram: a run of so many tokens comes at most once in a reply, whatever the prompt holds; 0 is no
+        limit. By default 6 for ``"smollm2"``, which else repeats itself until the limit, and 0 for others.
     :param cache_dir: where converted GGUF files are kept.
     :raises UnknownNameError: for a model that is not there; a name on the hub is looked up at the first use.
     """
@@ -60,7 +59,7 @@ class HuggingFaceLLM:
         dtype: str = "auto",
         context_window: int | None = None,
         temperature: float = 0.0,
-        repetition_penalty: float | None = None,
+        no_repeat_ngram: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = model
@@ -68,7 +67,7 @@ class HuggingFaceLLM:
         self._dtype = dtype
         self._context_window = context_window
         self._temperature = temperature
-        self._penalty = repetition_penalty or (1.2 if model == "smollm2" else 1.0)
+        self._no_repeat = (6 if model == "smollm2" else 0) if no_repeat_ngram is None else no_repeat_ngram
         self._cache_dir = cache_dir
         self._lock = threading.RLock()  # one thread loads, the others wait
         self._parts: dict[str, Any] = {}
@@ -111,7 +110,7 @@ class HuggingFaceLLM:
         import torch
         from transformers import (
             LogitsProcessorList,
-            RepetitionPenaltyLogitsProcessor,
+            NoRepeatNGramLogitsProcessor,
             StoppingCriteriaList,
             TextIteratorStreamer,
         )
@@ -120,7 +119,13 @@ class HuggingFaceLLM:
         ids = torch.tensor([prompt], device=model.device)
         streamer: Any = TextIteratorStreamer(self._chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed, failures = threading.Event(), list[Exception]()
-        penalty: Any = RepetitionPenaltyLogitsProcessor(self._penalty, prompt_ignore_length=len(prompt))
+        repeats: Any = NoRepeatNGramLogitsProcessor(self._no_repeat) if self._no_repeat else None
+
+        def without_repeats(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            fresh: torch.Tensor = repeats(input_ids[:, len(prompt) :], scores) if repeats else scores
+            return fresh
+
+        processors: Any = [without_repeats]
 
         def is_closed(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
@@ -133,7 +138,7 @@ class HuggingFaceLLM:
                     max_new_tokens=max_tokens,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([is_closed]),
-                    logits_processor=LogitsProcessorList([penalty]),
+                    logits_processor=LogitsProcessorList(processors),
                     **self._sampling(),
                 )
             except Exception as error:  # raised in the reader's thread, below

@@ -188,3 +188,20 @@ def test_a_converted_model_is_the_gguf_model(tmp_path):
         torch.testing.assert_close(converted(ids).logits, original(ids).logits, rtol=0, atol=1e-5)
     assert converted.generation_config.eos_token_id == original.generation_config.eos_token_id == 2
     assert HuggingFaceLLM(str(gguf), cache_dir=tmp_path).count_text("plain words") == 2
+
+
+@pytest.mark.slow
+def test_the_embedded_model_does_not_repeat_itself_and_may_repeat_the_prompt():
+    llm = HuggingFaceLLM("smollm2")
+    code = "alpha nine bravo seven charlie five delta three"
+    asked = [{"role": "user", "content": f"Repeat exactly: {code}"}]
+    assert code in "".join(llm.generate(asked, max_tokens=40))
+    # its own system prompt; left alone it goes on about "a symbol of the idea that"
+    chat = [
+        {"role": "system", "content": "You are a helpful assistant with a long-term memory."},
+        {"role": "user", "content": "My dog is called Rex and he loves cheese."},
+    ]
+
+    ids = llm._chat.text("".join(llm.generate(chat, max_tokens=160)))
+    runs = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
+    assert len(runs) == len(set(runs))
