@@ -28,25 +28,28 @@ class Backlog:
         self._store = store
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()  # of this thread; the next one has its own
+        self._lock = threading.RLock()  # turns of several threads may end at once; one of them starts the thread
         self._failed: set[str] = set()
 
     def resume(self, namespace: Namespace, llm: LLM) -> None:
         """Start on what is listed in the namespace, if anything is."""
-        self.pause()
-        if self._next(namespace) is not None:
-            self._stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self._work, args=(namespace, llm, self._stop), name="memory_os summaries", daemon=True
-            )
-            self._thread.start()
+        with self._lock:
+            self.pause()
+            if self._next(namespace) is not None:
+                self._stop = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._work, args=(namespace, llm, self._stop), name="memory_os summaries", daemon=True
+                )
+                self._thread.start()
 
     def pause(self, patience_s: float = 0.5) -> None:
         """Leave the LLM to others. A summary that was under way is made again later.
 
         Waits for the thread, so that a model in this process has the machine to itself, but not long for a slow one.
         """
-        self._stop.set()
-        self.join(patience_s)
+        with self._lock:
+            self._stop.set()
+            self.join(patience_s)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the work is done or stopped."""
