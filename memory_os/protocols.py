@@ -33,6 +33,7 @@ __all__ = [
     "LexicalIndex",
     "MemoryView",
     "Profile",
+    "Reading",
     "RecordStore",
     "ScoringLLM",
     "State",
@@ -78,15 +79,39 @@ class LLM(TokenCounter, Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an LLM expects after it has read a segment, a question, and the beginning of the answer.
+
+    :param next_token: log-probabilities (nats) of the next token, in any order: of the whole vocabulary, or of the
+        likeliest tokens only.
+    :param complete: whether they are those of the whole vocabulary.
+    :param question: log-probability (nats) of each token of the question after the segment; ``None`` where the model
+        cannot tell.
+    """
+
+    next_token: Vector
+    complete: bool
+    question: Vector | None
+
+
 @runtime_checkable
-class ScoringLLM(Protocol):
+class ScoringLLM(LLM, Protocol):
     """An LLM that shows its probabilities (XL3M)."""
 
-    def score(self, prefix: str, target: str) -> Sequence[float]:
-        """Log-probability (nats) of each token of ``target`` after ``prefix``."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever readings of before and after must not be compared."""
 
-    def next_dist(self, prefix: str) -> Vector:
-        """Log-probabilities (nats) of the next token after ``prefix``, shape ``[vocabulary]``."""
+    @property
+    def reads_questions(self) -> bool:
+        """Whether a reading has the question's own log-probabilities."""
+
+    def read(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
+        """One reading for each segment, in order: the segment, the question, and the answer as far as ``stem``.
+
+        :param stem: how the answer begins, up to where it would say what is asked for; may be empty.
+        """
 
 
 @runtime_checkable
