@@ -25,10 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.tokenizers import end_before
 from memory_os.errors import ConfigError, LLMError, MemoryOSError, UnknownNameError
+from memory_os.protocols import Reading
 from memory_os.types import Message
 
 if TYPE_CHECKING:
     import torch
+
+    from memory_os.adapters.scoring import KeptKV, SegmentReader
 
 __all__ = ["HuggingFaceLLM", "cpu_has_bfloat16", "package_file", "quiet_transformers", "torch_dtype"]
 
@@ -47,6 +50,8 @@ class HuggingFaceLLM:
     :param no_repeat_ngram: a run of so many tokens comes at most once in a reply, whatever the prompt holds; 0 is no
         limit. By default 6 for ``"smollm2"``, which else repeats itself until the limit, and 0 for others.
     :param cache_dir: where converted GGUF files are kept.
+    :param kept: keys and values of segments that were read, to read them from instead of computing them again; what is
+        not in it is put there, and bounding it is its own affair. Made for this model alone.
     :raises UnknownNameError: for a model that is not there; a name on the hub is looked up at the first use.
     """
 
@@ -61,8 +66,10 @@ class HuggingFaceLLM:
         temperature: float = 0.0,
         no_repeat_ngram: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        kept: KeptKV | None = None,
     ) -> None:
         self.name = model
+        self.kept = kept
         self._gguf = _gguf_file(model)
         self._dtype = dtype
         self._context_window = context_window
@@ -156,6 +163,64 @@ class HuggingFaceLLM:
         if failures:
             raise LLMError(self.name, f"{type(failures[0]).__name__}: {failures[0]}") from failures[0]
 
+    # -- what it expects (XL3M) ------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights, the dtype and the chat template, as far as they can be told apart."""
+        fingerprint: str = self._once("fingerprint", self._read_fingerprint)
+        return fingerprint
+
+    def read(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
+        """What the model expects after each segment, the question, and the answer as far as ``stem``.
+
+        Segment and question are one message of the user's, the stem begins the reply.
+
+        :raises LLMError: if a segment does not fit into the context window with the rest, or the model fails.
+        """
+        return self._readings(segments, question, stem, with_question=False)
+
+    def read_question(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
+        """As ``read``, with the log-probabilities of the question's tokens."""
+        return self._readings(segments, question, stem, with_question=True)
+
+    def _readings(
+        self, segments: Sequence[str], question: str, stem: str, *, with_question: bool
+    ) -> Iterator[Reading]:
+        prefix, asked, cue = self._chat.around(question, stem)
+        texts = [self._chat.text(segment) for segment in segments]
+        longest = len(prefix) + len(asked) + len(cue) + max(map(len, texts), default=0)
+        if longest > self.context_window:
+            problem = f"a segment, the question and the answer's beginning have {longest} tokens together"
+            raise LLMError(self.name, f"{problem}, its context window {self.context_window}; make segments shorter")
+        reader = self._reader(prefix)
+        try:
+            yield from reader.read(texts, asked, cue, with_question=with_question, kept=self.kept)
+        except RuntimeError as error:  # torch's, out of memory among them
+            raise LLMError(self.name, f"{type(error).__name__}: {error}") from error
+
+    def _reader(self, prefix: Sequence[int]) -> SegmentReader:
+        def load() -> SegmentReader:
+            from memory_os.adapters.scoring import SegmentReader
+
+            return SegmentReader(self._model, prefix)
+
+        reader: SegmentReader = self._once("reader", load)
+        return reader
+
+    def _read_fingerprint(self) -> str:
+        """Of the file's content for GGUF; of the weights' names, sizes and times of change for a folder."""
+        if self._converted:
+            what = self._converted.folder.name
+        else:
+            folder = Path(self.name)
+            files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+            stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            what = repr((self.name, getattr(self._model.config, "_commit_hash", None), stats))
+        template = self._chat.tokenizer.get_chat_template()
+        content = f"{what} {self._model.dtype} {template}"
+        return f"{self.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
     def _sampling(self) -> dict[str, Any]:
         if self._temperature > 0:
             return {"do_sample": True, "temperature": self._temperature}
@@ -227,6 +292,7 @@ class _ChatTokenizer:
 
     # around a special token that a content spells out; noncharacters, which no text in any language has
     START, END = "\ufdd0", "\ufdd1"
+    PLACE = "\ufdd2"  # where a segment goes
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
@@ -263,6 +329,18 @@ class _ChatTokenizer:
             raise LLMError(self.name, f"its chat template refuses the messages: {error}") from error
         return self._encode(rendered) if ordinary else self._encode_marked(rendered)
 
+    def around(self, question: str, stem: str) -> tuple[list[int], list[int], list[int]]:
+        """What stands before a segment, the question after it, and the rest up to where the answer goes on.
+
+        A template may set a date or the like: what comes before the segment is the same for every question.
+        """
+        content = f"{self.PLACE}\n\n{self._mark(question)}{self.PLACE}"
+        pieces = self._render([{"role": "user", "content": content}]).split(self.PLACE)
+        if len(pieces) != 3:
+            raise LLMError(self.name, "its chat template changes what the user says; it cannot score segments")
+        before, asked, after = map(self._encode_marked, (*pieces[:2], pieces[2] + self._mark(stem)))
+        return before, asked, after
+
     def _render(self, chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         rendered: str = self.tokenizer.apply_chat_template(
             chat, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False
@@ -274,7 +352,8 @@ class _ChatTokenizer:
         return ids
 
     def _mark(self, text: str) -> str:
-        text = text.replace(self.START, "").replace(self.END, "")  # a content cannot bring marks of its own
+        for mark in (self.START, self.END, self.PLACE):  # a content cannot bring marks of its own
+            text = text.replace(mark, "")
         return self._special.sub(lambda found: f"{self.START}{found[0]}{self.END}", text)
 
     def _encode_marked(self, text: str) -> list[int]:

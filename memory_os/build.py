@@ -78,7 +78,10 @@ ASKING = ("scm", "scm-paper", "scm-repo")
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
-ADAPTERS_WITH = {"LLM": "llm='smollm2'", "ScoringLLM": "HuggingFaceLLM", "CachingLLM": "HuggingFaceLLM"}
+ADAPTERS_WITH = {
+    "LLM": "llm='smollm2'", "ScoringLLM": "HuggingFaceLLM", "QuestionScoringLLM": "HuggingFaceLLM",
+    "CachingLLM": "HuggingFaceLLM",
+}  # fmt: skip
 
 
 def build_parts(

@@ -33,6 +33,7 @@ __all__ = [
     "LexicalIndex",
     "MemoryView",
     "Profile",
+    "QuestionScoringLLM",
     "Reading",
     "RecordStore",
     "ScoringLLM",
@@ -86,13 +87,12 @@ class Reading:
     :param next_token: log-probabilities (nats) of the next token, in any order: of the whole vocabulary, or of the
         likeliest tokens only.
     :param complete: whether they are those of the whole vocabulary.
-    :param question: log-probability (nats) of each token of the question after the segment; ``None`` where the model
-        cannot tell.
+    :param question: log-probability (nats) of each token of the question after the segment, where it was asked for.
     """
 
     next_token: Vector
     complete: bool
-    question: Vector | None
+    question: Vector | None = None
 
 
 @runtime_checkable
@@ -103,15 +103,19 @@ class ScoringLLM(LLM, Protocol):
     def fingerprint(self) -> str:
         """Changes whenever readings of before and after must not be compared."""
 
-    @property
-    def reads_questions(self) -> bool:
-        """Whether a reading has the question's own log-probabilities."""
-
     def read(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
         """One reading for each segment, in order: the segment, the question, and the answer as far as ``stem``.
 
         :param stem: how the answer begins, up to where it would say what is asked for; may be empty.
         """
+
+
+@runtime_checkable
+class QuestionScoringLLM(ScoringLLM, Protocol):
+    """A scoring LLM that also shows how likely a given text is."""
+
+    def read_question(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
+        """As ``read``, with ``Reading.question``."""
 
 
 @runtime_checkable

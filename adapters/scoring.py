@@ -1,0 +1,153 @@
+"""What a local model expects after a segment and a question: many segments in a batch, each read once.
+
+A segment's keys and values are computed after a prefix that all share (the chat template up to the user's words), then
+the question is read after them. Whoever keeps the keys and values has only the question read again, with the same
+result to the last bit that this machine's arithmetic gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memory_os.protocols import Reading
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BATCH_TOKENS", "KeptKV", "SegmentReader"]
+
+BATCH_TOKENS = 4096
+"""Tokens of segments in a batch: with SmolLM2 about 90 MB of keys and values."""
+
+KeptKV = MutableMapping[tuple[int, ...], Any]
+"""Keys and values by a segment's tokens: a tensor ``[layers, 2, kv_heads, tokens, head_dim]``."""
+
+
+class SegmentReader:
+    """Reads segments with one causal model.
+
+    :param prefix: token ids that stand before every segment.
+    """
+
+    def __init__(self, model: Any, prefix: Sequence[int]) -> None:
+        self._model = model
+        self._prefix = list(prefix)
+        self._prefix_kv: Any = None
+
+    def read(
+        self,
+        segments: Sequence[Sequence[int]],
+        question: Sequence[int],
+        cue: Sequence[int],
+        *,
+        with_question: bool,
+        kept: KeptKV | None = None,
+    ) -> Iterator[Reading]:
+        """One reading for each segment, in order; those of a batch are computed when its first one is asked for.
+
+        :param segments: token ids of each; they follow the prefix.
+        :param question: token ids that follow the segment.
+        :param cue: token ids that follow the question; the last one is where the next token is asked for.
+        :param kept: keys and values to use where they are there, and to be given those that are not.
+        """
+        import torch
+
+        for batch in _batches(segments):
+            with torch.inference_mode():
+                yield from self._batch(batch, [*question, *cue], len(question) if with_question else 0, kept)
+
+    def _batch(
+        self, segments: Sequence[Sequence[int]], tail: Sequence[int], n_question: int, kept: KeptKV | None
+    ) -> list[Reading]:
+        import torch
+
+        known = {} if kept is None else {tuple(ids): kept[tuple(ids)] for ids in segments if tuple(ids) in kept}
+        new = [ids for ids in segments if tuple(ids) not in known]
+        if new:
+            made = self._encoded(new)
+            known |= made
+            if kept is not None:
+                kept.update(made)
+        cache, mask = self._joined([known[tuple(ids)] for ids in segments])
+        lengths = torch.tensor([len(self._prefix) + len(ids) for ids in segments], device=mask.device)
+        ids = torch.tensor([list(tail)] * len(segments), device=mask.device)
+        hidden = self._model.model(
+            input_ids=ids,
+            attention_mask=torch.cat([mask, torch.ones_like(ids)], dim=1),
+            position_ids=lengths[:, None] + torch.arange(len(tail), device=mask.device),
+            past_key_values=cache,
+        ).last_hidden_state
+        nexts = self._log_probs(hidden[:, -1]).cpu().numpy()
+        if not n_question:
+            return [Reading(row, complete=True) for row in nexts]
+        asked = ids[:, 1:n_question]
+        told = self._log_probs(hidden[:, : n_question - 1]).gather(2, asked[:, :, None]).squeeze(2).cpu().numpy()
+        return [Reading(row, complete=True, question=own) for row, own in zip(nexts, told, strict=True)]
+
+    def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model.get_output_embeddings()(hidden)
+        return logits.float().log_softmax(-1)
+
+    def _encoded(self, segments: Sequence[Sequence[int]]) -> dict[tuple[int, ...], torch.Tensor]:
+        """Keys and values of segments after the prefix."""
+        import torch
+
+        device = self._model.device
+        if self._prefix_kv is None:
+            self._prefix_kv = self._forward([self._prefix], None)
+        # padded on the right: no token attends to what comes after it
+        longest = max(map(len, segments))
+        rows = [[*ids, *[0] * (longest - len(ids))] for ids in segments]
+        past = [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self._prefix_kv]
+        layers = self._forward(rows, past)
+        start = len(self._prefix)
+        return {
+            tuple(ids): torch.stack(
+                [torch.stack([kv[row, :, start : start + len(ids)] for kv in layer]) for layer in layers]
+            ).to(device)
+            for row, ids in enumerate(segments)
+        }
+
+    def _forward(self, rows: list[list[int]], past: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(past, config=self._model.config)
+        self._model.model(input_ids=torch.tensor(rows, device=self._model.device), past_key_values=cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _joined(self, segments: Sequence[torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        """The prefix and each segment as one cache, padded on the right, and its mask ``[segments, tokens]``."""
+        import torch
+        from transformers import DynamicCache
+
+        start = len(self._prefix)
+        lengths = [kv.shape[3] for kv in segments]
+        mask = torch.zeros(len(segments), start + max(lengths), dtype=torch.long, device=self._model.device)
+        for row, n in enumerate(lengths):
+            mask[row, : start + n] = 1
+        layers = []
+        for number, layer in enumerate(self._prefix_kv):
+            pair = []
+            for which, shared in enumerate(layer):
+                _, heads, _, size = shared.shape
+                joined = shared.new_zeros(len(segments), heads, mask.shape[1], size)
+                joined[:, :, :start] = shared
+                for row, kv in enumerate(segments):
+                    joined[row, :, start : start + lengths[row]] = kv[number, which]
+                pair.append(joined)
+            layers.append(tuple(pair))
+        return DynamicCache(layers, config=self._model.config), mask
+
+
+def _batches(segments: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Runs of segments of at most ``BATCH_TOKENS`` together, padding counted; at least one each."""
+    start = longest = 0
+    for end, ids in enumerate(segments):
+        longest = max(longest, len(ids))
+        if end > start and longest * (end - start + 1) > BATCH_TOKENS:
+            yield segments[start:end]
+            start, longest = end, len(ids)
+    if start < len(segments):
+        yield segments[start:]
