@@ -350,6 +350,12 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def last_activations(self, namespace: Namespace) -> dict[int, int]:
         """``{seq of a segment: seq of the query in whose context it last stood}``, by the recorded turns' traces."""
 
+    def read_scores(self, namespace: Namespace, keys: Sequence[str]) -> dict[str, Any]:
+        """What was kept under these keys, of what is there."""
+
+    def put_scores(self, namespace: Namespace, values: Mapping[str, Any]) -> None:
+        """Keep what an LLM made of texts, by key, as JSON: derived, bounded, and gone when anything is forgotten."""
+
     def save_trace(self, trace: Trace) -> None:
         """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded."""
 

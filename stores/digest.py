@@ -1,4 +1,4 @@
-"""What is kept about segments besides their vectors: summaries, and when each was last activated.
+"""What is kept about segments besides their vectors: summaries, scores, and when each was last activated.
 
 Functions on an open connection, called by the store inside its transactions.
 """
@@ -6,17 +6,30 @@ Functions on an open connection, called by the store inside its transactions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
 from sqlalchemy.dialects.sqlite import insert
 
 from memory_os.stores.rows import parts
-from memory_os.stores.schema import SUMMARY_TASK, activations, pending, segments, summaries
+from memory_os.stores.schema import SUMMARY_TASK, activations, pending, scores, segments, summaries
 from memory_os.types import Action, Trace
 
-__all__ = ["last_activations", "note_activations", "put_on_list", "put_summary", "read_summaries", "with_summaries"]
+__all__ = [
+    "last_activations",
+    "note_activations",
+    "put_on_list",
+    "put_scores",
+    "put_summary",
+    "read_scores",
+    "read_summaries",
+    "with_summaries",
+]
+
+MAX_SCORES = 200_000
+"""Scores kept in a namespace, the newest: some 30 MB, enough for a document of 80 million tokens."""
 
 
 def read_summaries(connection: sa.Connection, ns: int, ids: Sequence[str], method: str) -> dict[str, str]:
@@ -45,6 +58,29 @@ def put_on_list(connection: sa.Connection, ns: int, ids: Sequence[str]) -> None:
     for pk in _pks(connection, ns, ids):
         row = {"segment_pk": pk, "task": SUMMARY_TASK, "namespace_id": ns}
         connection.execute(insert(pending).values(row).on_conflict_do_nothing())
+
+
+def read_scores(connection: sa.Connection, ns: int, keys: Sequence[str]) -> dict[str, Any]:
+    """The scores that are there, by key."""
+    found: dict[str, Any] = {}
+    for part in parts(keys):
+        query = select(scores.c.key, scores.c.value).where(scores.c.namespace_id == ns, scores.c.key.in_(part))
+        found.update((row.key, row.value) for row in connection.execute(query))
+    return found
+
+
+def put_scores(connection: sa.Connection, ns: int, values: Mapping[str, Any], *, limit: int = MAX_SCORES) -> None:
+    """Keep scores, replacing those with the same keys; of more than ``limit`` the oldest go."""
+    rows = [{"namespace_id": ns, "key": key, "value": value} for key, value in values.items()]
+    if not rows:
+        return
+    new = insert(scores)
+    index = [scores.c.namespace_id, scores.c.key]
+    connection.execute(new.on_conflict_do_update(index_elements=index, set_={"value": new.excluded.value}), rows)
+    newest = select(scores.c.pk).where(scores.c.namespace_id == ns).order_by(scores.c.pk.desc())
+    last = connection.execute(newest.offset(limit).limit(1)).scalar_one_or_none()
+    if last is not None:
+        connection.execute(scores.delete().where(scores.c.namespace_id == ns, scores.c.pk <= last))
 
 
 def note_activations(connection: sa.Connection, ns: int, trace: Trace) -> None:

@@ -1,7 +1,8 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
 ``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are
-derived from ``segments``, ``activations`` from ``traces``; they can be rebuilt at any time.
+derived from ``segments``, ``activations`` from ``traces``, ``scores`` from texts and a model; they can be rebuilt at any
+time.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ __all__ = [
     "metadata",
     "namespaces",
     "pending",
+    "scores",
     "segments",
     "summaries",
     "traces",
     "vectors",
 ]
 
-HEAD = "0003"
+HEAD = "0004"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -120,6 +122,16 @@ activations = Table(
     Column("namespace_id", Integer, nullable=False),
     Column("seq", Integer, nullable=False),  # of the query in whose context the segment last stood
     Index("ix_activations_namespace", "namespace_id"),
+)
+
+scores = Table(
+    "scores",
+    metadata,
+    Column("pk", Integer, primary_key=True),
+    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
+    Column("key", Text, nullable=False),  # digest of model, question and text
+    Column("value", JSON, nullable=False),
+    UniqueConstraint("namespace_id", "key"),
 )
 
 traces = Table(

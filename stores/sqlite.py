@@ -7,7 +7,7 @@ disk, one that raises has changed nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,17 @@ from memory_os.stores import digest, fulltext
 from memory_os.stores.checkup import find_faults, mend
 from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
-from memory_os.stores.schema import SUMMARY_TASK, VECTOR_TASK, namespaces, pending, segments, summaries, traces, vectors
+from memory_os.stores.schema import (
+    SUMMARY_TASK,
+    VECTOR_TASK,
+    namespaces,
+    pending,
+    scores,
+    segments,
+    summaries,
+    traces,
+    vectors,
+)
 from memory_os.trace import trace_from_dict, trace_to_dict
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
@@ -224,10 +234,14 @@ class SqliteStore:
             return sorted(tuple(json.loads(labels)) for labels in connection.execute(query).scalars())
 
     def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
-        """Delete segments and the summaries of them, with all that was derived from either; counts by place."""
-        counts = dict.fromkeys(("segments", "vectors", "lexical", "summaries", "pending", "traces"), 0)
+        """Delete segments and the summaries of them, with all that was derived from either; counts by place.
+
+        All scores of the namespace go: nothing tells of which texts they are.
+        """
+        counts = dict.fromkeys(("segments", "vectors", "lexical", "summaries", "pending", "scores", "traces"), 0)
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
+            counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
             for part in parts(digest.with_summaries(connection, ns, ids)):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
@@ -475,6 +489,19 @@ class SqliteStore:
         with self.database.read() as connection:
             return digest.last_activations(connection, self._namespace_id(connection, namespace))
 
+    # -- scores --------------------------------------------------------------------------------------------------
+
+    def read_scores(self, namespace: Namespace, keys: Sequence[str]) -> dict[str, Any]:
+        """What was kept under these keys."""
+        with self.database.read() as connection:
+            return digest.read_scores(connection, self._namespace_id(connection, namespace), keys)
+
+    def put_scores(self, namespace: Namespace, values: Mapping[str, Any]) -> None:
+        """Keep what an LLM made of texts, by key, as JSON."""
+        with self.database.write() as connection:
+            ns, _ = self._claim(connection, namespace)
+            digest.put_scores(connection, ns, values)
+
     # -- traces --------------------------------------------------------------------------------------------------
 
     def save_trace(self, trace: Trace) -> None:
@@ -535,7 +562,7 @@ class SqliteStore:
             ).one()
             count = {
                 table.name: connection.execute(select(func.count()).where(table.c.namespace_id == ns)).scalar_one()
-                for table in (vectors, summaries, pending, traces)
+                for table in (vectors, summaries, pending, scores, traces)
             }
         return {
             "segments": row[0],
