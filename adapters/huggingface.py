@@ -184,9 +184,7 @@ class HuggingFaceLLM:
         """As ``read``, with the log-probabilities of the question's tokens."""
         return self._readings(segments, question, stem, with_question=True)
 
-    def _readings(
-        self, segments: Sequence[str], question: str, stem: str, *, with_question: bool
-    ) -> Iterator[Reading]:
+    def _readings(self, segments: Sequence[str], question: str, stem: str, *, with_question: bool) -> Iterator[Reading]:
         prefix, asked, cue = self._chat.around(question, stem)
         texts = [self._chat.text(segment) for segment in segments]
         longest = len(prefix) + len(asked) + len(cue) + max(map(len, texts), default=0)

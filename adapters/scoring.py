@@ -115,7 +115,8 @@ class SegmentReader:
 
         cache = DynamicCache(past, config=self._model.config)
         self._model.model(input_ids=torch.tensor(rows, device=self._model.device), past_key_values=cache)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     def _joined(self, segments: Sequence[torch.Tensor]) -> tuple[Any, torch.Tensor]:
         """The prefix and each segment as one cache, padded on the right, and its mask ``[segments, tokens]``."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import bench, chat, data, inspect
+from memory_os.cli import ask, bench, chat, data, inspect
 
 __all__ = ["app", "run"]
 
@@ -42,6 +42,7 @@ def memos(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
+    "ask": ask.ask,
     "context": inspect.context,
     "search": inspect.search,
     "why": inspect.why,

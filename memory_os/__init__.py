@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memory_os.aio import AsyncMemory, AsyncScope
     from memory_os.controllers.scm import ScmController
+    from memory_os.controllers.xl3m import Xl3mController
     from memory_os.errors import (
         BudgetError,
         CapabilityError,
@@ -51,11 +52,13 @@ __all__ = [
     "StoreLockedError",
     "Trace",
     "UnknownNameError",
+    "Xl3mController",
 ]
 
 _HOMES = {
     "aio": ("AsyncMemory", "AsyncScope"),
     "controllers.scm": ("ScmController",),
+    "controllers.xl3m": ("Xl3mController",),
     "memory": ("Memory", "Scope"),
     "types": ("Context", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
 }

@@ -39,6 +39,7 @@ class AsyncScope:
     add_many = _threaded(Scope.add_many)
     ingest = _threaded(Scope.ingest)
     summarize = _threaded(Scope.summarize)
+    read = _threaded(Scope.read)
     sources = _threaded(Scope.sources)
     forget = _threaded(Scope.forget)
     export = _threaded(Scope.export)

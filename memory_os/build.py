@@ -13,7 +13,16 @@ from memory_os.turn import Options, Parts
 if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
 
-__all__ = ["CONTROLLERS", "EMBEDDERS", "VECTORS", "build_parts", "make_llm", "tokenizer_of"]
+__all__ = [
+    "CONTROLLERS",
+    "EMBEDDERS",
+    "VECTORS",
+    "build_parts",
+    "check_llm",
+    "make_controller",
+    "make_llm",
+    "tokenizer_of",
+]
 
 
 def _auto(options: Mapping[str, Any]) -> Controller:
@@ -46,6 +55,18 @@ def _scm_repo(options: Mapping[str, Any]) -> Controller:
     return ScmController.repo(**options)
 
 
+def _xl3m(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.xl3m import Xl3mController
+
+    return Xl3mController(**options)
+
+
+def _xl3m_scan(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.xl3m import Xl3mController
+
+    return Xl3mController.scan(**options)
+
+
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
 
@@ -72,9 +93,10 @@ def _hash() -> Embedder:
 
 CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
     "auto": _auto, "recency": _recency, "scm": _scm, "scm-paper": _scm_paper, "scm-repo": _scm_repo,
+    "xl3m": _xl3m, "xl3m-scan": _xl3m_scan,
 }  # fmt: skip
-ASKING = ("scm", "scm-paper", "scm-repo")
-"""Controllers that ask the LLM, where there is one, before it replies."""
+ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan")
+"""Controllers that use the LLM, where there is one, before it replies."""
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
@@ -102,11 +124,8 @@ def build_parts(
     """
     file = database_path(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else llm
-    chosen_controller = _controller(controller, controller_options) if isinstance(controller, str) else controller
-    for capability in chosen_controller.needs:
-        if not isinstance(chosen_llm, capability):
-            adapter = ADAPTERS_WITH.get(capability.__name__, "no adapter here")
-            raise CapabilityError(chosen_controller.name, capability.__name__, adapter)
+    chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
+    check_llm(chosen_controller, chosen_llm)
     chosen_embedder = _embedder(embedder) if isinstance(embedder, str) else embedder
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
@@ -142,7 +161,22 @@ def database_path(path: str | Path) -> Path:
     return Path(text).expanduser().absolute()
 
 
-def _controller(name: str, options: Mapping[str, Any]) -> Controller:
+def check_llm(controller: Controller, llm: LLM | None) -> None:
+    """Make sure that the LLM has what the controller needs.
+
+    :raises CapabilityError: if it has not.
+    """
+    for capability in controller.needs:
+        if not isinstance(llm, capability):
+            adapter = ADAPTERS_WITH.get(capability.__name__, "no adapter here")
+            raise CapabilityError(controller.name, capability.__name__, adapter)
+
+
+def make_controller(name: str, options: Mapping[str, Any]) -> Controller:
+    """The controller of this name.
+
+    :raises ConfigError: for an unknown name or option.
+    """
     if name not in CONTROLLERS:
         raise UnknownNameError("controller", name, CONTROLLERS)
     try:

@@ -22,7 +22,16 @@ from memory_os.derive import BATCH
 from memory_os.errors import InvalidInputError
 from memory_os.types import NewSegment, Role
 
-__all__ = ["FORMATS", "batched", "check_text", "parse_time", "read_segments", "up_to_the_fault", "with_keys"]
+__all__ = [
+    "FORMATS",
+    "batched",
+    "check_text",
+    "check_utf8",
+    "parse_time",
+    "read_segments",
+    "up_to_the_fault",
+    "with_keys",
+]
 
 T = TypeVar("T")
 
@@ -154,7 +163,7 @@ def read_segments(
     :param pick: of a file with several conversations, the one with this id.
     :raises InvalidInputError: with the line where there is one. What was yielded before it is good.
     """
-    _check_utf8(stream, name)
+    check_utf8(stream, name)
     text = codecs.getreader("utf-8-sig")(stream)
     chosen = format or _guess(stream, name)
     if chosen not in FORMATS:
@@ -171,7 +180,11 @@ def read_segments(
         raise InvalidInputError("there is nothing in it to remember", source=name)
 
 
-def _check_utf8(stream: IO[bytes], name: str) -> None:
+def check_utf8(stream: IO[bytes], name: str) -> None:
+    """Read a stream to its end and go back to its beginning.
+
+    :raises InvalidInputError: if it is not UTF-8.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -73,7 +74,7 @@ class Memory:
         :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"provider:model"`` or an object; for ``chat`` and ``stream``.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"`` or an object.
         :param vectors: ``"exact"`` or ``"chroma"``.
-        :param controller: ``"auto"``, ``"recency"`` or an object.
+        :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
@@ -262,6 +263,53 @@ class Scope:
             parts.backlog.pause()
         return Summarizer(parts.store, parts.embedder, parts.llm, self.labels, progress).run(passages)
 
+    def read(
+        self,
+        document: str | Path | IO[bytes],
+        question: str,
+        *,
+        name: str | None = None,
+        budget: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Reply:
+        """Answer a question about a document of any size (XL3M): every segment is read once, the best enter the context.
+
+        The document is streamed and not stored, nor is the question. What was scored is kept: run again, also after an
+        interruption, nothing is scored twice.
+
+        :param document: a path, or a seekable binary stream; UTF-8 text.
+        :param name: of the document, in the context; the path if not given.
+        :param budget: most tokens of the prompt.
+        :param progress: called with ``(bytes read, bytes in all)``.
+        :param options: of ``Xl3mController``, such as ``score="question_nll"`` or ``segment_tokens=256``.
+        :raises CapabilityError: if the LLM does not show its probabilities.
+        :raises InvalidInputError: for a document that is empty or no text.
+        :raises LLMError: if the model fails; what it scored before is kept.
+        """
+        from memory_os.build import check_llm, make_controller
+        from memory_os.read import read_document
+
+        check_text(question)
+        controller = make_controller("xl3m-scan", options)
+        check_llm(controller, self._parts.llm)
+        parts = replace(self._parts, controller=controller)
+        with ExitStack() as stack:
+            if isinstance(document, str | Path):
+                stream, when = stack.enter_context(_opened(document)), _changed(document)
+            else:
+                stream, when = document, datetime.now(UTC)
+            return read_document(
+                parts,
+                self.labels,
+                stream,
+                question,
+                name=name or (str(document) if isinstance(document, str | Path) else "document"),
+                when=when,
+                budget=self._parts.options.budget if budget is None else budget,
+                progress=progress,
+            )
+
     def sources(self, ref: str | int) -> list[Segment]:
         """The stored passages that a summary was made of, in the order of ``seq``.
 
@@ -279,11 +327,7 @@ class Scope:
     ) -> Iterator[NewSegment]:
         if isinstance(source, str | Path):
             path = Path(source).expanduser().absolute()
-            try:
-                stream = path.open("rb")
-            except OSError as error:
-                raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(source)) from error
-            with stream:
+            with _opened(source) as stream:
                 label = name or str(path)
                 session = self.session_name or path.stem
                 yield from with_keys(
@@ -486,6 +530,17 @@ class Stream:
         if self._reply is None:
             raise ConfigError("the reply is there when the stream has ended; iterate it to its end first")
         return self._reply
+
+
+def _opened(path: str | Path) -> IO[bytes]:
+    try:
+        return Path(path).expanduser().open("rb")
+    except OSError as error:
+        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
+
+
+def _changed(path: str | Path) -> datetime:
+    return datetime.fromtimestamp(Path(path).expanduser().stat().st_mtime, UTC)
 
 
 def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

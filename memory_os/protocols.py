@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from memory_os.types import Candidate, Decision, Form, Kind, Message, Namespace, NewSegment, Segment, Trace
+from memory_os.types import Candidate, Certainty, Decision, Form, Kind, Message, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -434,6 +434,27 @@ class MemoryView(Protocol):
 
     def summary(self, segment: Segment, *, by_llm: bool) -> str:
         """A segment's summary, made now if there is none yet; its own text where a summary would not be shorter."""
+
+    def windows(self, size: int, overlap: int) -> Iterator[tuple[Segment, ...]]:
+        """All that was stored outside flash memory, summaries left out, as runs of neighbouring segments.
+
+        Each run has at most ``size`` of the LLM's tokens, or is one segment, and begins with the last segments of the
+        one before, at most ``overlap`` tokens of them.
+        """
+
+    def stem(self, how: str) -> str:
+        """How an answer to the query begins, noted in the trace; empty where there is no telling.
+
+        :param how: ``"rules"``, ``"llm"``, ``"auto"`` (the LLM where rules do not know the form), ``"none"``.
+        """
+
+    def certainties(
+        self, windows: Sequence[Sequence[Segment]], stem: str, *, with_question: bool
+    ) -> Sequence[Certainty]:
+        """What the LLM's certainty says of each window; computed once for a text, a query and a model.
+
+        :raises CapabilityError: if the LLM cannot score.
+        """
 
 
 class Controller(Protocol):

@@ -27,14 +27,14 @@ PROMPTS = {
 
 # "please tell me", "do you remember": what follows is a question in the order of a statement
 _WHS = "what|who|whom|whose|which|where|when|why|how"
+_OPENING = r"(?:(?:please|hey|hi|hello|so|and|but|ok|okay|well|also)\b[\s,]*)"
 _ASIDE = re.compile(
-    r"^(?:(?:please|hey|hi|hello|so|and|but|ok|okay|well|also)\b[\s,]*)*"
-    r"(?:(?:(?:can|could|would) you |please )*(?:tell|remind) me(?: again)?|do you (?:know|remember|recall)"
-    r"|i(?:'d like| want| would like) to know|i (?:wonder|forgot)|remember)[\s,]+"
-    rf"(?=(?:{_WHS})\b)",
+    rf"^{_OPENING}*(?:(?:(?:can|could|would) you |please )*(?:tell|remind) me(?: again)?"
+    r"|do you (?:know|remember|recall)|i(?:'d like| want| would like) to know|i (?:wonder|forgot)|remember)"
+    rf"[\s,]+(?=(?:{_WHS})\b)",
     re.IGNORECASE,
 )
-_FILLER = re.compile(r"^(?:(?:please|hey|hi|hello|so|and|but|ok|okay|well|also)\b[\s,]*)+", re.IGNORECASE)
+_FILLER = re.compile(rf"^{_OPENING}+", re.IGNORECASE)
 _WH = re.compile(
     r"^(?:(?P<prep>in|on|at|to|from|with|for|of|by|about|into|since|during) )?"
     rf"(?P<wh>{_WHS})\b(?P<rest>.*)$",

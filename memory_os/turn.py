@@ -32,11 +32,11 @@ from memory_os.protocols import (
     VectorIndex,
 )
 from memory_os.recall import Recall
-from memory_os.types import Context, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+from memory_os.types import Candidate, Context, Decision, Namespace, NewSegment, Outcome, Reply, Segment, Trace
 from memory_os.view import INLINE_PENDING, View
 from memory_os.weights import learned
 
-__all__ = ["Options", "Parts", "prepare", "run_turn"]
+__all__ = ["Clock", "Options", "Parts", "compose", "prepare", "run_turn"]
 
 SYSTEM = "You are a helpful assistant with a long-term memory."
 MAX_PRICES = 50_000
@@ -166,25 +166,42 @@ def prepare(
     clock.lap("decide")
 
     # 4 pack
-    packed = pack(frame, flash, memory.offered, decision)
-    clock.lap("pack")
+    return compose(memory, frame, memory.offered, decision, session=session, asked=asked)
+
+
+def compose(
+    memory: View,
+    frame: Frame,
+    candidates: Sequence[Candidate],
+    decision: Decision,
+    *,
+    session: str | None = None,
+    asked: Segment | None = None,
+) -> Context:
+    """Pack what was decided, and write down why.
+
+    :param candidates: those that the decision names.
+    """
+    parts = memory.parts
+    packed = pack(frame, memory.flash, candidates, decision)
+    memory.clock.lap("pack")
     trace = Trace(
         id=str(uuid_utils.uuid7()),
-        namespace=namespace,
+        namespace=memory.namespace,
         session=session,
-        query=query,
+        query=memory.query,
         query_id=asked.id if asked else None,
         reply_id=None,
-        created_at=now,
+        created_at=memory.now,
         controller=parts.controller.name,
         llm=parts.llm.name if parts.llm else None,
         config_hash=parts.config_hash(),
-        upto=upto,
-        flash=tuple(segment.id for segment in flash),
+        upto=memory.upto,
+        flash=tuple(segment.id for segment in memory.flash),
         ledger=packed.ledger,
         account=packed.account,
         notes=(*_visible_fallbacks(parts), *memory.notes, *decision.notes),
-        timings_ms=clock.timings,
+        timings_ms=memory.clock.timings,
         outcome=Outcome.CONTEXT,
         calls=tuple(memory.calls),
     )

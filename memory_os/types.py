@@ -18,6 +18,7 @@ __all__ = [
     "Account",
     "Action",
     "Candidate",
+    "Certainty",
     "Choice",
     "Context",
     "Decision",
@@ -161,6 +162,21 @@ class Candidate:
     signals: Mapping[str, float]
     n_tokens: int
     contributions: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Certainty:
+    """What an LLM's expectations say of a segment, for one question and the beginning of its answer.
+
+    :param entropy: of the next token, nats.
+    :param complete: ``False`` where only the likeliest tokens were known, and the entropy is a lower bound.
+    :param question_nll: mean negative log-likelihood of the question's tokens after the segment, nats per token;
+        ``None`` where it was not asked for.
+    """
+
+    entropy: float
+    complete: bool
+    question_nll: float | None = None
 
 
 class Form(StrEnum):

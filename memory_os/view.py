@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from memory_os import turn_summary
@@ -12,9 +13,11 @@ from memory_os.archive import Archive, read_archive
 from memory_os.ask import reply_to
 from memory_os.derive import catch_up
 from memory_os.errors import CapabilityError, LLMError
-from memory_os.pack import date_line, render_line
+from memory_os.pack import date_line, render_line, render_lines
 from memory_os.protocols import LLM, State
-from memory_os.types import Candidate, Form, LLMCall, Message, Namespace, Segment
+from memory_os.scoring import Scorer
+from memory_os.types import Candidate, Certainty, Form, LLMCall, Message, Namespace, Segment
+from memory_os.windows import windows
 
 if TYPE_CHECKING:
     from memory_os.turn import Clock, Parts
@@ -50,8 +53,9 @@ class View:
         self.flash_tokens = 0
         self.notes: list[str] = []
         self.calls: list[LLMCall] = []
-        self._parts, self._namespace, self._query = parts, namespace, query
-        self._upto, self._breadth, self._clock = upto, breadth, clock
+        self.parts, self.namespace, self.query = parts, namespace, query
+        self.upto, self.clock = upto, clock
+        self._breadth = breadth
         self._state = state
         self._offered: dict[str, Candidate] = {}
         self._answers: dict[tuple[str, int], str] = {}
@@ -61,7 +65,7 @@ class View:
     def n_archived(self) -> int:
         """How many segments there are outside flash memory, but for those after ``upto``."""
         state = self._state
-        return state.n_segments - max(0, state.last_seq - self._upto) - len(self.flash)
+        return state.n_segments - max(0, state.last_seq - self.upto) - len(self.flash)
 
     @property
     def offered(self) -> list[Candidate]:
@@ -73,12 +77,12 @@ class View:
     @cached_property
     def candidates(self) -> Sequence[Candidate]:
         """What recall offers, best first."""
-        self._clock.lap("decide")
-        recalled = self._parts.recall(
-            self._namespace,
-            self._query,
+        self.clock.lap("decide")
+        recalled = self.parts.recall(
+            self.namespace,
+            self.query,
             k=self._breadth + len(self.flash),
-            upto=self._upto,
+            upto=self.upto,
             now=self.now,
             per_token=True,
             state=self._ready(),
@@ -86,31 +90,31 @@ class View:
         self.notes += recalled.notes
         in_flash = {segment.id for segment in self.flash}
         found = [
-            Candidate(hit.segment, hit.score, hit.signals, self._parts.price_of(hit.segment), hit.contributions)
+            Candidate(hit.segment, hit.score, hit.signals, self.parts.price_of(hit.segment), hit.contributions)
             for hit in recalled.hits
             if hit.segment.id not in in_flash
         ]
         self._offered = {candidate.segment.id: candidate for candidate in found} | self._offered
-        self._clock.lap("recall")
+        self.clock.lap("recall")
         return found
 
     @cached_property
     def archive(self) -> Archive:
         """Every turn outside flash memory."""
-        self._clock.lap("decide")
+        self.clock.lap("decide")
         flash = [segment.id for segment in self.flash]
         archive = read_archive(
-            self._parts.recall, self._namespace, self._query, upto=self._upto, flash=flash, state=self._ready()
+            self.parts.recall, self.namespace, self.query, upto=self.upto, flash=flash, state=self._ready()
         )
-        self._clock.lap("recall")
+        self.clock.lap("recall")
         return archive
 
     def _ready(self) -> State:
         """The namespace's state with the vectors made that were pending, if they are few."""
-        parts, n_pending = self._parts, self._state.n_pending
+        parts, n_pending = self.parts, self._state.n_pending
         if 0 < n_pending <= INLINE_PENDING:
-            catch_up(parts.store, parts.embedder, self._namespace)
-            self._state = parts.store.state(self._namespace, parts.embedder.fingerprint)
+            catch_up(parts.store, parts.embedder, self.namespace)
+            self._state = parts.store.state(self.namespace, parts.embedder.fingerprint)
         elif n_pending:
             note = f"{n_pending} segments have no vector yet and were searched by their words only; run: memos doctor"
             if note not in self.notes:
@@ -121,17 +125,29 @@ class View:
         self, segment: Segment, score: float, signals: Mapping[str, float], contributions: Mapping[str, float]
     ) -> Candidate:
         """Make a segment of the archive a candidate."""
-        candidate = Candidate(segment, score, signals, self._parts.price_of(segment), contributions)
+        candidate = Candidate(segment, score, signals, self.parts.price_of(segment), contributions)
         self._offered[segment.id] = candidate
         return candidate
 
     def cost(self, segment: Segment, form: Form, text: str) -> int:
         """Tokens of the segment in the context with this text in place of its own."""
-        return self._parts.counter.count_text(render_line(segment, form=form, text=text) + "\n")
+        return self.parts.counter.count_text(render_line(segment, form=form, text=text) + "\n")
 
     def cost_of_dates(self, segments: Sequence[Segment]) -> int:
         """Tokens of the lines with the dates of these segments."""
-        return sum(self._parts.counter.count_text(date + "\n") for date in {date_line(s) for s in segments})
+        return sum(self.parts.counter.count_text(date + "\n") for date in {date_line(s) for s in segments})
+
+    def windows(self, size: int, overlap: int) -> Iterator[tuple[Segment, ...]]:
+        """All that was stored outside flash memory, as runs of neighbouring segments."""
+        flash = {segment.id for segment in self.flash}
+        stored = self.parts.store.scan(self.namespace)
+        seen = takewhile(lambda segment: segment.seq <= self.upto, stored)
+        return windows(
+            (segment for segment in seen if segment.id not in flash and segment.kind != "summary"),
+            lambda segment: self._llm.count_text(render_line(segment) + "\n"),
+            size,
+            overlap,
+        )
 
     # -- what the LLM is asked -------------------------------------------------------------------------------------
 
@@ -144,6 +160,30 @@ class View:
             self._note_call(purpose, verdict, prompt, answer, answer)
         return verdict
 
+    def stem(self, how: str) -> str:
+        """How an answer to the query begins."""
+        return self._scorer.stem(how, self.ask)
+
+    def certainties(
+        self, windows: Sequence[Sequence[Segment]], stem: str, *, with_question: bool
+    ) -> Sequence[Certainty]:
+        """What the LLM's certainty says of each window."""
+        self.clock.lap("decide")
+        if self.parts.backlog:
+            self.parts.backlog.pause()
+        found = self._scorer([self._shown(window) for window in windows], stem, with_question=with_question)
+        self.clock.lap("score")
+        return found
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.parts.store, self.namespace, self._llm, self.parts.controller.name, self.query, self.notes)
+
+    @staticmethod
+    def _shown(window: Sequence[Segment]) -> str:
+        """A window as it is scored: as it would stand in the context."""
+        return render_lines(window)
+
     def summary(self, segment: Segment, *, by_llm: bool) -> str:
         """A segment's summary, or its own text where that would not be shorter."""
         if (segment.id, by_llm) not in self._summaries:
@@ -153,12 +193,12 @@ class View:
     def _shorter(self, segment: Segment, by_llm: bool) -> str:
         if by_llm:
             method = turn_summary.by_llm(self._llm)
-            text = self._parts.store.read_summaries(self._namespace, [segment.id], method).get(segment.id)
+            text = self.parts.store.read_summaries(self.namespace, [segment.id], method).get(segment.id)
             if text is None:
                 text = self._summarized(segment, method)
         else:
             text = turn_summary.extract(segment.text)
-        count = self._parts.counter.count_text
+        count = self.parts.counter.count_text
         return text if text and count(text) < count(segment.text) else segment.text
 
     def _summarized(self, segment: Segment, method: str) -> str:
@@ -169,28 +209,28 @@ class View:
         if not known:
             self._note_call(purpose, "kept" if text else "none came; the text stays", prompt, "", text)
         if text:
-            self._parts.store.put_summary(self._namespace, segment.id, method, text)
+            self.parts.store.put_summary(self.namespace, segment.id, method, text)
         return text
 
     @property
     def _llm(self) -> LLM:
         if self.llm is None:
-            raise CapabilityError(self._parts.controller.name, "LLM", "llm='smollm2'")
+            raise CapabilityError(self.parts.controller.name, "LLM", "llm='smollm2'")
         return self.llm
 
     def _answer(self, purpose: str, prompt: str, max_tokens: int) -> str:
         known = self._answers.get((prompt, max_tokens))
         if known is None:
-            self._clock.lap("decide")
-            if self._parts.backlog:
-                self._parts.backlog.pause()
+            self.clock.lap("decide")
+            if self.parts.backlog:
+                self.parts.backlog.pause()
             try:
                 known = reply_to(self._llm, prompt, max_tokens=max_tokens)
             except LLMError as error:
                 known = ""
                 self.notes.append(f"the LLM was asked for {purpose} and failed: {error.problem}")
             self._answers[prompt, max_tokens] = known
-            self._clock.lap("ask")
+            self.clock.lap("ask")
         return known
 
     def _note_call(self, purpose: str, verdict: str, prompt: str, shown: str, answer: str) -> None:

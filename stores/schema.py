@@ -1,8 +1,8 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
 ``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are
-derived from ``segments``, ``activations`` from ``traces``, ``scores`` from texts and a model; they can be rebuilt at any
-time.
+derived from ``segments``, ``activations`` from ``traces``, ``scores`` from texts and a model; they can be rebuilt at
+any time.
 """
 
 from __future__ import annotations
