@@ -53,7 +53,7 @@ class OpenAICompatibleLLM:
         approximately (cl100k_base and 15%) for others.
     :param top_n: how many of the likeliest tokens a reading holds, by default 20; OpenAI shows at most 5.
     :param timeout_s: most seconds without a byte from the server.
-    :param batch_size: most prompts in one request for readings; 1 for a server that takes no list.
+    :param batch_size: most prompts in one request for readings; 1 from when a server shows that it takes no list.
     :raises ConfigError: for a URL, model, key or number that cannot be used.
     """
 
@@ -137,10 +137,25 @@ class OpenAICompatibleLLM:
             return
         # without a space at the end: the token that comes next brings its own
         cue = f"\n\nQuestion: {question}\nAnswer: {stem}".rstrip()
+        prompts = [segment + cue for segment in segments]
+        done = 0
         with self._client() as client:
-            for at in range(0, len(segments), self._batch_size):
-                some = segments[at : at + self._batch_size]
-                yield from self._read_batch(client, [segment + cue for segment in some])
+            while done < len(prompts):
+                some = prompts[done : done + self._batch_size]
+                try:
+                    readings = self._read_batch(client, some)
+                except LLMError as error:
+                    if len(some) == 1 or not _may_be_of_the_list(error.__cause__):
+                        raise
+                    readings = self._read_batch(client, some[:1])
+                    self._batch_size = 1
+                shown = [len(reading.next_token) > 0 for reading in readings]
+                if not done and not any(shown):
+                    raise CapabilityError("xl3m", "log-probabilities", "HuggingFaceLLM")
+                if not all(shown):
+                    raise LLMError(self.name, "the server shows log-probabilities for some segments, not for others")
+                yield from readings
+                done += len(readings)
 
     def _stream(self, messages: Sequence[Message], max_tokens: int, stop: list[str]) -> Generator[str, None, None]:
         body: dict[str, Any] = {
@@ -197,10 +212,8 @@ class OpenAICompatibleLLM:
 
         try:
             return _readings(self._tried(post).text, len(prompts))
-        except MemoryOSError:
-            raise
         except Exception as error:
-            raise self._failed(error, several=len(prompts) > 1) from error
+            raise self._failed(error) from error
 
     def _client(self) -> httpx.Client:
         import httpx
@@ -228,14 +241,14 @@ class OpenAICompatibleLLM:
         )
         return retrying(call)
 
-    def _failed(self, error: Exception, *, several: bool = False) -> LLMError:
-        """The error as a user should see it; ``several``: more than one prompt was sent."""
+    def _failed(self, error: Exception) -> LLMError:
+        """The error as a user should see it."""
         import httpx
 
         if isinstance(error, _BadAnswerError):
             problem = f"{error}{self._quote(error.said)}"
         elif isinstance(error, httpx.HTTPStatusError):
-            problem = self._refusal(error.response, several)
+            problem = self._refusal(error.response)
         elif isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             problem = f"no server can be reached at {self.base_url} ({error}); is it running there?"
         elif isinstance(error, httpx.TimeoutException):
@@ -246,7 +259,7 @@ class OpenAICompatibleLLM:
             problem = f"{type(error).__name__}: {error}"
         return LLMError(self.name, problem)
 
-    def _refusal(self, response: httpx.Response, several: bool) -> str:
+    def _refusal(self, response: httpx.Response) -> str:
         status, said = response.status_code, _message_of(response.text)
         quote = self._quote(said)
         if status == 401:  # its text is left out: OpenAI's repeats a part of the key
@@ -264,8 +277,7 @@ class OpenAICompatibleLLM:
         if self.top_n > LEGACY_TOP_N and "logprob" in said.lower():
             fewer = f"it does not show {self.top_n} log-probabilities (HTTP {status})"
             return f"{fewer}; make this LLM with top_n={LEGACY_TOP_N}{quote}"
-        hint = "; if it takes one prompt at a time, make this LLM with batch_size=1" if several else ""
-        return f"it refuses the request (HTTP {status}){hint}{quote}"
+        return f"it refuses the request (HTTP {status}){quote}"
 
     def _quote(self, said: str) -> str:
         """What the server said, as the end of an error: short, and without the key that it may repeat."""
@@ -279,6 +291,10 @@ class _BadAnswerError(Exception):
     def __init__(self, problem: str, said: str = "") -> None:
         super().__init__(problem)
         self.said = said
+
+
+class _WrongNumberError(_BadAnswerError):
+    """Not one answer for each prompt."""
 
 
 def _checked_url(base_url: str) -> tuple[str, str]:
@@ -313,6 +329,16 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
 
 
+def _may_be_of_the_list(error: BaseException | None) -> bool:
+    """Whether a server that takes one prompt at a time may have failed so when it was given several."""
+    import httpx
+
+    if isinstance(error, httpx.HTTPStatusError):
+        status = error.response.status_code
+        return status in (400, 422) or status >= 500  # 500: llama-cpp-python
+    return isinstance(error, _WrongNumberError)  # it answered the first of them
+
+
 def _to_openai(message: Message) -> dict[str, str]:
     # a recalled "tool" message has lost the call that it answers, and servers refuse it: it is told by the user
     role = message["role"] if message["role"] in ("system", "assistant") else "user"
@@ -337,7 +363,7 @@ def _data(lines: Iterable[bytes]) -> Iterator[str]:
         elif field == "error" and colon:  # how llama.cpp tells of one in the middle of a reply
             raise _BadAnswerError("the server broke the reply off", _message_of(value))
         elif field not in ("", "event", "id", "retry"):
-            raise _BadAnswerError("the server answers with no stream of events; does its URL end as it should?", line)
+            raise _BadAnswerError("the server's answer is no stream of events; does its API begin at this URL?", line)
 
 
 def _read_event(event: str) -> tuple[str, bool]:
@@ -368,7 +394,7 @@ def _message_of(body: str) -> str:
 
 
 def _readings(body: str, n: int) -> list[Reading]:
-    """The readings of ``n`` prompts, in their order."""
+    """The readings of ``n`` prompts, in their order; empty ones where the server shows no log-probabilities."""
     try:
         answer = json.loads(body)
         # some versions of llama.cpp answer several prompts with several answers
@@ -376,14 +402,10 @@ def _readings(body: str, n: int) -> list[Reading]:
         by_index = {choice.get("index", at): choice for at, choice in enumerate(choices)}
         if len(choices) != n or by_index.keys() != set(range(n)):
             problem = f"the server answered {n} prompts with {len(choices)} choices, numbered {sorted(by_index)}"
-            raise _BadAnswerError(f"{problem}; make this LLM with batch_size=1")
+            raise _WrongNumberError(problem)
         shown = [_log_probs(by_index[at].get("logprobs") or {}) for at in range(n)]
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise _BadAnswerError("the server's answer to /completions cannot be read", body) from error
-    if not any(map(len, shown)):
-        raise CapabilityError("xl3m", "log-probabilities", "HuggingFaceLLM")
-    if not all(map(len, shown)):
-        raise _BadAnswerError("the server shows log-probabilities for some prompts and not for others", body)
     return [Reading(next_token=one, complete=False, question=None) for one in shown]
 
 

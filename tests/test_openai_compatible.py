@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from memory_os import Memory
 from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW
 from memory_os.adapters.openai_compatible import OpenAICompatibleLLM
 from memory_os.adapters.scripted import WordCounter
@@ -281,7 +282,7 @@ def test_a_silent_server_is_not_waited_for_thrice(server):
         (b"", "ended before the reply did"),
         (sse(event("Hi")), "ended before the reply did"),
         (sse(event("Hi"))[:-9], "no piece of a reply"),
-        (b"<html>hello</html>", "no stream of events; .*<html>"),
+        (b"<html>hello</html>", "no stream of events.*<html>"),
         (b'{"choices": [{"message": {"content": "Hi"}}]}', "no stream of events"),
         (sse(b"data: {"), "no piece of a reply: {"),
         (sse(b"data: 7"), "no piece of a reply: 7"),
@@ -393,6 +394,22 @@ def test_the_name_is_the_url_and_the_model():
         make_llm("nonesuch")
 
 
+def test_a_memory_chats_by_url_and_its_traces_hold_no_key(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.stream = HI
+    with Memory.open(tmp_path / "memory.db", llm=f"{server.url}#some-model", embedder="hash") as memory:
+        alice = memory.namespace("alice")
+        assert alice.chat("Hello").text == "Hi there"
+        trace = str(alice.why()[0])
+        server.refuse = [(403, KEY)]
+        with pytest.raises(LLMError) as caught:
+            alice.chat("Hello again")
+        trace += str(alice.why()[0])
+    assert "some-model" in trace
+    assert KEY not in trace + str(caught.value)
+    assert KEY.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
+
+
 # Probabilities.
 
 
@@ -463,10 +480,10 @@ def test_a_server_may_answer_each_prompt_by_itself_or_leave_numbers_out(server):
     assert [len(r.next_token) for r in llm.read(["a", "b"], "Who?", "")] == [2, 3]
 
 
-@pytest.mark.parametrize("indexes", [[0], [0, 0], [1, 2], [0, 1, 2], [None, "a"]])
+@pytest.mark.parametrize("indexes", [[], [0, 0], [1, 2], [0, 1, 2], [None, "a"]])
 def test_answers_that_cannot_be_told_apart_are_an_error(server, indexes):
     server.complete = lambda body: {"choices": [{"index": i, "logprobs": legacy(SURE)} for i in indexes]}
-    with pytest.raises(LLMError, match=r"batch_size=1|cannot be read"):
+    with pytest.raises(LLMError, match=r"answered 1 prompts with|cannot be read"):
         list(llm_of(server).read(["a", "b"], "Who?", ""))
 
 
@@ -488,10 +505,11 @@ def test_a_server_without_probabilities_lacks_a_capability(server, logprobs):
         list(llm_of(server).read(["a"], "Who?", ""))
 
 
-def test_probabilities_for_some_prompts_only_are_an_error(server):
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_probabilities_for_some_segments_only_are_an_error(server, batch_size):
     server.complete = answering(SURE, [])
-    with pytest.raises(LLMError, match="for some prompts and not for others"):
-        list(llm_of(server).read(["0", "1"], "Who?", ""))
+    with pytest.raises(LLMError, match="for some segments, not for others"):
+        list(llm_of(server, batch_size=batch_size).read(["0", "1"], "Who?", ""))
 
 
 @pytest.mark.parametrize("values", [[math.nan], [0.5], [-0.1, -0.1], [math.inf], [True]])
@@ -520,10 +538,34 @@ def test_a_server_that_shows_fewer_names_the_fix(server):
     server.refuse = [(400, {"error": {"message": "Invalid value for 'logprobs': maximum is 5"}})]
     with pytest.raises(LLMError, match=r"does not show 20 .*top_n=5: Invalid value"):
         list(llm_of(server).read(["a"], "Who?", ""))
-    server.refuse = [(400, {"error": {"message": "prompt must be a string"}})]
-    with pytest.raises(LLMError, match="batch_size=1: prompt must"):
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("how", [400, 500, "first only"])
+def test_a_server_that_takes_one_prompt_at_a_time_is_given_them_so(server, how):
+    answer = answering(*[[-0.1 * (i + 1)] for i in range(4)])
+    server.complete = lambda body: answer({"prompt": body["prompt"][:1]})
+    server.refuse = {400: [(400, "")], 500: [(500, "")] * 3}.get(how, [])
+    llm = llm_of(server)
+    for _ in range(2):
+        readings = list(llm.read(["0", "1", "2", "3"], "Who?", ""))
+        assert np.allclose([r.next_token[0] for r in readings], [-0.1, -0.2, -0.3, -0.4])
+    assert [len(body["prompt"]) for _, body, _ in server.seen] == [4] * (3 if how == 500 else 1) + [1] * 8
+
+
+def test_a_server_that_refuses_one_prompt_too_says_why(server):
+    server.refuse = [(400, {"error": "too long"})] * 2
+    with pytest.raises(LLMError, match=r"refuses the request .*: too long"):
         list(llm_of(server).read(["a", "b"], "Who?", ""))
-    assert len(server.seen) == 2
+    assert [len(body["prompt"]) for _, body, _ in server.seen] == [2, 1]
+
+
+@pytest.mark.parametrize("refusal", [(401, {}), (404, {})])
+def test_what_is_not_of_the_list_is_not_asked_again(server, refusal):
+    server.refuse = [refusal]
+    with pytest.raises(LLMError, match=f"HTTP {refusal[0]}"):
+        list(llm_of(server).read(["a", "b"], "Who?", ""))
+    assert len(server.seen) == 1
 
 
 def test_a_reading_is_tried_again(server):
