@@ -199,11 +199,16 @@ def make_llm(name: str) -> LLM:
     """The LLM of this name, not loaded yet.
 
     :raises UnknownNameError: for a name that is no LLM's.
+    :raises ConfigError: for a server's URL that cannot be used or names no model.
     """
     if name == "smollm2" or name.startswith("hf:"):
         from memory_os.adapters.huggingface import HuggingFaceLLM
 
         return HuggingFaceLLM(name.removeprefix("hf:"))
+    if _is_url(name):
+        from memory_os.adapters.openai_compatible import OpenAICompatibleLLM
+
+        return OpenAICompatibleLLM(*_url_and_model(name))
     if ":" in name:
         from memory_os.adapters.langchain import LangChainLLM
 
@@ -215,17 +220,35 @@ def tokenizer_of(llm: str) -> str:
     """The name by which an LLM's tokens are counted without making the LLM: a name for ``Memory.open(tokenizer=)``.
 
     :raises UnknownNameError: for a name that is no LLM's.
+    :raises ConfigError: for a server's URL that names no model.
     """
     if llm == "smollm2" or llm.startswith("hf:"):
         return llm
+    if _is_url(llm):
+        return _url_and_model(llm)[1]
     provider, colon, model = llm.partition(":")
     if not (provider and colon and model):
         raise _unknown_llm(llm)
     return model
 
 
+def _is_url(llm: str) -> bool:
+    return llm.lower().startswith(("http://", "https://"))
+
+
+def _url_and_model(llm: str) -> tuple[str, str]:
+    """The parts of ``URL#MODEL``."""
+    url, _, model = llm.partition("#")
+    if not model:  # the URL is not shown: it may hold a password
+        raise ConfigError("the LLM's URL names no model; write URL#MODEL, such as http://localhost:8000/v1#qwen2.5")
+    return url, model
+
+
 def _unknown_llm(name: str) -> UnknownNameError:
-    hint = "or hf:NAME for a transformers model or folder, or provider:model through LangChain"
+    hint = (
+        "or hf:NAME for a transformers model or folder, URL#MODEL for a server that speaks OpenAI's protocol, "
+        "or provider:model through LangChain"
+    )
     return UnknownNameError("LLM", name, ["smollm2"], hint)
 
 

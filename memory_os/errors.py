@@ -107,9 +107,8 @@ class CapabilityError(MemoryOSError):
 
     def __init__(self, controller: str, capability: str, adapter: str) -> None:
         self.controller, self.capability, self.adapter = controller, capability, adapter
-        what = f"{adapter} is one" if capability == "LLM" else f"{adapter} has it"
         with_it = "" if capability == "LLM" else f" with {capability}"
-        super().__init__(f"controller {controller!r} needs an LLM{with_it}; {what}")
+        super().__init__(f"controller {controller!r} needs an LLM{with_it}; {adapter} is one")
 
 
 class StoreError(MemoryOSError):
