@@ -122,7 +122,7 @@ class HuggingFaceLLM:
             TextIteratorStreamer,
         )
 
-        model = self._model
+        model = self.model
         ids = torch.tensor([prompt], device=model.device)
         streamer: Any = TextIteratorStreamer(self._chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed, failures = threading.Event(), list[Exception]()
@@ -197,11 +197,16 @@ class HuggingFaceLLM:
         except RuntimeError as error:  # torch's, out of memory among them
             raise LLMError(self.name, f"{type(error).__name__}: {error}") from error
 
+    def prompt_of(self, segment: str, question: str, stem: str) -> list[int]:
+        """Token ids of what ``read`` has the model read for one segment."""
+        prefix, asked, cue = self._chat.around(question, stem)
+        return [*prefix, *self._chat.text(segment), *asked, *cue]
+
     def _reader(self, prefix: Sequence[int]) -> SegmentReader:
         def load() -> SegmentReader:
             from memory_os.adapters.scoring import SegmentReader
 
-            return SegmentReader(self._model, prefix)
+            return SegmentReader(self.model, prefix)
 
         reader: SegmentReader = self._once("reader", load)
         return reader
@@ -214,9 +219,9 @@ class HuggingFaceLLM:
             folder = Path(self.name)
             files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
             stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            what = repr((self.name, getattr(self._model.config, "_commit_hash", None), stats))
+            what = repr((self.name, getattr(self.model.config, "_commit_hash", None), stats))
         template = self._chat.tokenizer.get_chat_template()
-        content = f"{what} {self._model.dtype} {template}"
+        content = f"{what} {self.model.dtype} {template}"
         return f"{self.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _sampling(self) -> dict[str, Any]:
@@ -236,7 +241,8 @@ class HuggingFaceLLM:
         return chat
 
     @property
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """The transformers model; loaded when this is read for the first time."""
         return self._once("model", self._load_model)
 
     def _once(self, part: str, load: Callable[[], Any]) -> Any:

@@ -42,7 +42,7 @@ def ask(
     options = {"score": score, "segment_tokens": segment_tokens, "overlap": overlap, "k": k, "stem": stem}
     with opened(flags, llm=True) as (_, scope, _), _reading() as progress:
         try:
-            reply = scope.read(file, question, progress=progress, **options)
+            reply = scope.read(file, question, progress=progress, options=options)
         except KeyboardInterrupt:
             render.talk().print("Stopped; what was read is kept. Run it again to go on.")
             raise

@@ -23,7 +23,7 @@ Mode = Literal["rerank", "scan"]
 Stem = Literal["auto", "rules", "llm", "none"]
 Window = tuple[Segment, ...]
 
-BATCH = 64
+BATCH = 16
 """Windows that are scored together, and are in memory at once."""
 WRAPPER = 16
 """Tokens that a window takes in the context besides its own: a speaker's name, a date."""

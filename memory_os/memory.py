@@ -271,9 +271,9 @@ class Scope:
         name: str | None = None,
         budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
     ) -> Reply:
-        """Answer a question about a document of any size (XL3M): every segment is read once, the best enter the context.
+        """Answer a question about a document of any size, by XL3M: all of it is read, the best of it enters.
 
         The document is streamed and not stored, nor is the question. What was scored is kept: run again, also after an
         interruption, nothing is scored twice.
@@ -282,7 +282,7 @@ class Scope:
         :param name: of the document, in the context; the path if not given.
         :param budget: most tokens of the prompt.
         :param progress: called with ``(bytes read, bytes in all)``.
-        :param options: of ``Xl3mController``, such as ``score="question_nll"`` or ``segment_tokens=256``.
+        :param options: of ``Xl3mController``, such as ``{"score": "question_nll", "segment_tokens": 256}``.
         :raises CapabilityError: if the LLM does not show its probabilities.
         :raises InvalidInputError: for a document that is empty or no text.
         :raises LLMError: if the model fails; what it scored before is kept.
@@ -291,7 +291,7 @@ class Scope:
         from memory_os.read import read_document
 
         check_text(question)
-        controller = make_controller("xl3m-scan", options)
+        controller = make_controller("xl3m-scan", options or {})
         check_llm(controller, self._parts.llm)
         parts = replace(self._parts, controller=controller)
         with ExitStack() as stack:

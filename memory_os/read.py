@@ -10,6 +10,7 @@ import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from io import SEEK_END
 from itertools import groupby
 from pathlib import PurePath
 from typing import IO
@@ -18,13 +19,13 @@ from memory_os.errors import InvalidInputError, LLMError
 from memory_os.ingest import check_utf8
 from memory_os.pack import Frame, render_line, room_for_lines
 from memory_os.turn import Clock, Parts, compose
-from memory_os.types import Candidate, Choice, Context, Decision, Namespace, Outcome, Reply, Segment
+from memory_os.types import Candidate, Certainty, Choice, Context, Decision, Namespace, Outcome, Reply, Segment
 from memory_os.view import View
 from memory_os.windows import sentences, windows
 
 __all__ = ["Progress", "read_document"]
 
-BLOCK_CHARS = 1 << 16
+BLOCK_CHARS = 1 << 13
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that were read of the document, and all of its bytes."""
@@ -97,6 +98,7 @@ class DocumentView(View):
         now = datetime.now(UTC)
         super().__init__(parts, namespace, question, upto=0, now=now, breadth=0, state=state, clock=Clock())
         self._document, self._name, self._when, self._progress = document, name, when, progress
+        self._total = document.seek(0, SEEK_END)
 
     @property
     def candidates(self) -> Sequence[Candidate]:
@@ -141,15 +143,21 @@ class DocumentView(View):
 
     def _blocks(self) -> Iterator[str]:
         document = self._document
-        total = document.seek(0, 2)
         document.seek(0)
         text = codecs.getreader("utf-8-sig")(document)
         while block := text.read(BLOCK_CHARS, BLOCK_CHARS):
             if "\x00" in block:
                 raise InvalidInputError("it holds NUL characters, so it is not text", source=self._name)
             yield block
-            if self._progress:
-                self._progress(document.tell(), total)
+
+    def certainties(
+        self, windows: Sequence[Sequence[Segment]], stem: str, *, with_question: bool
+    ) -> Sequence[Certainty]:
+        """What the LLM's certainty says of each window; tells how far the document was read."""
+        found = super().certainties(windows, stem, with_question=with_question)
+        if self._progress:
+            self._progress(self._document.tell(), self._total)
+        return found
 
     @staticmethod
     def _shown(window: Sequence[Segment]) -> str:

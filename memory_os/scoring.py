@@ -20,7 +20,7 @@ __all__ = ["STEMS", "Scorer"]
 
 VERSION = 1
 """Of what is kept; older scores are not used."""
-BATCH = 32
+BATCH = 16
 """Texts that are scored before their scores are durable."""
 STEMS = ("auto", "rules", "llm", "none")
 ROOM = 256

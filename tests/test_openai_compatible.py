@@ -602,7 +602,7 @@ def test_a_real_models_probabilities_arrive_as_they_are(server):
         for i, prompt in enumerate(body["prompt"]):
             ids = torch.tensor([model._chat.tokenizer.encode(prompt, add_special_tokens=False)])
             with torch.inference_mode():
-                full = model._model(ids.to(model._model.device)).logits[0, -1].float().log_softmax(-1).cpu()
+                full = model.model(ids.to(model.model.device)).logits[0, -1].float().log_softmax(-1).cpu()
             distributions.append(full.double().numpy())
             best = full.topk(body["logprobs"])
             # by number: texts of tokens may be alike, and a server that tells them by text loses some
