@@ -114,7 +114,8 @@ class SegmentReader:
         from transformers import DynamicCache
 
         cache = DynamicCache(past, config=self._model.config)
-        self._model.model(input_ids=torch.tensor(rows, device=self._model.device), past_key_values=cache)
+        ids = torch.tensor(rows, dtype=torch.long, device=self._model.device)  # rows may be empty
+        self._model.model(input_ids=ids, past_key_values=cache)
         layers: Any = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
 

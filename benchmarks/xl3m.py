@@ -29,7 +29,7 @@ from memory_os.benchmarks.measure import TOKENIZER, Conversation, Progress, Ques
 from memory_os.benchmarks.needle import Book, planted
 from memory_os.benchmarks.peers import Bm25, Pieces
 from memory_os.benchmarks.riddles import RIDDLES, Riddle
-from memory_os.certainty import SCORES, Score, certainty_of, relevance
+from memory_os.certainty import SCORES, certainty_of, relevance
 from memory_os.controllers.auto import AutoController
 from memory_os.errors import InvalidInputError
 from memory_os.memory import Memory
@@ -41,7 +41,9 @@ from memory_os.types import Action, Candidate, Certainty, Choice, Decision, Form
 from memory_os.view import View
 from memory_os.windows import windows
 
-__all__ = ["KINDS", "cost", "document", "ranking", "rerank"]
+__all__ = ["KINDS", "PARTS", "cost", "document", "ranking", "rerank"]
+
+PARTS = ("ranking", "rerank", "document", "cost")
 
 KINDS = ("easy", "paraphrased", "decoys")
 """The fact in the question's words; in other words; and plainly beside three segments that repeat the question."""
@@ -67,22 +69,24 @@ def ranking(
     sizes: Sequence[int],
     trials: int,
     seed: int = 0,
+    riddles: Sequence[Riddle] = RIDDLES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """R@1 and R@3 by kind, number of segments and system, with 95 % confidence intervals (Wilson).
 
     :param trials: of each riddle; every one in another place.
+    :param seed: of what is planted where.
     """
     rng = random.Random(seed)
     n_pool = POOL * max(sizes)
-    drawn = _segments(book, llm, n_pool + trials * len(RIDDLES) * N_PLANTED, rng)
+    drawn = _segments(book, llm, n_pool + trials * len(riddles) * N_PLANTED, rng)
     pool, hosts = drawn[:n_pool], iter(drawn[n_pool:])
     vectors = embedder.embed_documents(pool)
     kept: KeptKV = {}
     ranks: defaultdict[tuple[str, int, str], list[int]] = defaultdict(list)
-    for done, riddle in enumerate(RIDDLES):
+    for done, riddle in enumerate(riddles):
         if progress:
-            progress(riddle.question, done, len(RIDDLES))
+            progress(riddle.question, done, len(riddles))
         read = Reader(riddle.question, llm, embedder)
         llm.kept = kept
         others = read.certainties(pool)  # no matter what is planted among them
@@ -333,7 +337,7 @@ print(json.dumps({"text": reply.text, "shown": reply.context.text, "notes": list
 """
 
 
-def document(book: Book, length: int, *, score: Score = "entropy", riddle: Riddle = RIDDLES[3]) -> dict[str, Any]:
+def document(book: Book, length: int, *, score: str = "entropy", riddle: Riddle = RIDDLES[3]) -> dict[str, Any]:
     """A document of so many tokens (cl100k_base) with a fact in its middle, read in a process of its own.
 
     :param book: repeated from its beginning where it is shorter.

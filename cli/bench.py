@@ -129,6 +129,68 @@ def scm(
 
 
 @app.command()
+def xl3m(
+    books: Annotated[
+        list[Path] | None, typer.Option("--data", help="English books as text files; the project's own if left out.")
+    ] = None,
+    conversations: Annotated[
+        Path | None, typer.Option("--locomo", help="A file of LoCoMo's form, for the part rerank.")
+    ] = None,
+    parts: Annotated[
+        str, typer.Option("--parts", help="With commas: ranking, rerank, document, cost.")
+    ] = "ranking,rerank,document,cost",
+    sizes: Annotated[str, typer.Option("--sizes", help="Segments among which the fact is, with commas.")] = "10,50,200",
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials of each of the 25 facts.")] = 4,
+    budgets: Annotated[str, typer.Option("--budgets", help="Tokens of the contexts of rerank.")] = "512,1024",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most questions of a conversation.")] = None,
+    length: Annotated[str, typer.Option("--length", help="Tokens of the document.")] = "1M",
+    score: Annotated[str, typer.Option("--score", help="By which the document is read.")] = "entropy",
+    seed: Annotated[int, typer.Option("--seed", help="Of what is planted where.")] = 0,
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure XL3M with SmolLM2: what finds a planted fact, whether it adds to recall, a long document, and the cost.
+
+    All of it takes an hour on two cores; --parts chooses.
+
+    Example: memos bench xl3m --parts ranking --sizes 10,50 --trials 1
+
+    JSON: by part: ranking {kind: {size: {system: {r@1, r@3: {percent, low, high, n}}}}}, rerank {order: {budget:
+    {recall, n}}}, document {tokens, seconds, peak_mb, found, ...}, cost {segment tokens: {bare_ms, ours_ms, kept_ms,
+    throughput, kept_ratio}}.
+    """
+    from memory_os.adapters.huggingface import HuggingFaceLLM
+    from memory_os.benchmarks import locomo, measure, needle, xl3m
+    from memory_os.build import make_embedder
+    from memory_os.errors import InvalidInputError, UnknownNameError
+
+    wanted, among, limits = words(parts), numbers(sizes), numbers(budgets)
+    for part in wanted:
+        if part not in xl3m.PARTS:
+            raise UnknownNameError("part", part, xl3m.PARTS)
+    files = books or sorted(measure.SHARED.glob("*.txt"))
+    talks = conversations or measure.SHARED / "locomo_dev.json"
+    book = needle.books(files).get("en") if files else None
+    if book is None:
+        raise InvalidInputError("no English book given; name one with --data FILE")
+    llm, model = HuggingFaceLLM(), make_embedder(embedder)
+    report: dict[str, Any] = {}
+    with progress() as show:
+        if "cost" in wanted:
+            report["cost"] = xl3m.cost(book, llm=llm)
+        if "ranking" in wanted:
+            report["ranking"] = xl3m.ranking(
+                book, llm=llm, embedder=model, sizes=among, trials=trials, seed=seed, progress=show
+            )
+        if "rerank" in wanted:
+            read, _ = locomo.read(talks)
+            report["rerank"] = xl3m.rerank(read, budgets=limits, llm=llm, embedder=model, limit=limit, progress=show)
+        if "document" in wanted:
+            report["document"] = xl3m.document(book, numbers(length)[0], score=score)
+    figures.print_xl3m(report, json)
+
+
+@app.command()
 def needle(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")

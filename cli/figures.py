@@ -9,7 +9,7 @@ from memory_os.cli import render
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["print_needles", "print_report", "print_speed", "print_systems"]
+__all__ = ["print_needles", "print_report", "print_speed", "print_systems", "print_xl3m"]
 
 
 def print_report(report: dict[str, Any], json: bool, title: str, names: dict[str, str]) -> None:
@@ -88,6 +88,40 @@ def print_systems(report: dict[str, Any], json: bool) -> None:
     out.print(f"LLM: {report['llm'] or 'none'}", markup=False)
     if report["left_out"]:
         out.print(f"Left out, because nothing is known to answer them: {report['left_out']} questions")
+
+
+def print_xl3m(report: dict[str, Any], json: bool) -> None:
+    """The parts of ``memos bench xl3m`` that were measured."""
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    for kind, by_size in report.get("ranking", {}).items():
+        for size, systems in by_size.items():
+            first = next(iter(systems.values()))
+            title = f"{kind}, {size} segments, {first['r@1']['n']} trials"
+            table = render.figures_table(title, "R@1", "95 %", "R@3", "95 % ")
+            for system, figure in systems.items():
+                cells = [(f["percent"], f"{f['low']:.0f} to {f['high']:.0f}") for f in figure.values()]
+                table.add_row(system, *(str(cell) for pair in cells for cell in pair))
+            out.print(table)
+            out.print()
+    if orders := report.get("rerank"):
+        budgets = list(next(iter(orders.values())))
+        table = render.figures_table("evidence in the context, %", *budgets, "weight")
+        for name, figure in orders.items():
+            weights = " ".join(f"{figure[budget]['weight']:.2g}" for budget in budgets if "weight" in figure[budget])
+            table.add_row(name, *(f"{figure[budget]['recall']:.1f}" for budget in budgets), weights)
+        out.print(table)
+        out.print()
+    if told := report.get("document"):
+        out.print(render.pairs_table({name: str(value) for name, value in told.items()}, "document", "measured"))
+        out.print()
+    if lengths := report.get("cost"):
+        table = render.figures_table("tokens of a segment", *next(iter(lengths.values())))
+        for length, figure in lengths.items():
+            table.add_row(length, *(str(value) for value in figure.values()))
+        out.print(table)
 
 
 def print_needles(report: dict[str, Any]) -> None:

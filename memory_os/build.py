@@ -20,6 +20,7 @@ __all__ = [
     "build_parts",
     "check_llm",
     "make_controller",
+    "make_embedder",
     "make_llm",
     "tokenizer_of",
 ]
@@ -126,7 +127,7 @@ def build_parts(
     chosen_llm = make_llm(llm) if isinstance(llm, str) else llm
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
-    chosen_embedder = _embedder(embedder) if isinstance(embedder, str) else embedder
+    chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else embedder
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
     counter = _counter(tokenizer, chosen_llm)
@@ -185,7 +186,11 @@ def make_controller(name: str, options: Mapping[str, Any]) -> Controller:
         raise ConfigError(f"controller {name!r} does not take these options: {error}") from error
 
 
-def _embedder(name: str) -> Embedder:
+def make_embedder(name: str) -> Embedder:
+    """The embedder of this name, not loaded yet.
+
+    :raises UnknownNameError: for a name that is no embedder's.
+    """
     if name in EMBEDDERS:
         return EMBEDDERS[name]()
     if name.startswith("st:"):

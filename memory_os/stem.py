@@ -311,8 +311,8 @@ def _finished(wh: str, noun: str, statement: str, prep: str) -> str:
         return f"{statement} on"
     if wh in ("what", "which") and noun:
         return f"the {re.sub(r'^of the ', '', noun)} that {statement}{tail} {_be_of(noun)}"
-    if wh == "how" and not noun:
-        return f"{statement} by"
+    if wh == "how" and noun in ("", "long"):
+        return f"{statement} {'for' if noun else 'by'}"
     return f"{statement}{tail}"
 
 

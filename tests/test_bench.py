@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from memory_os.adapters.scripted import ScriptedLLM
-from memory_os.benchmarks import dialogues, locomo, needle, peers, scm
+from memory_os.adapters.huggingface import HuggingFaceLLM
+from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
+from memory_os.benchmarks import dialogues, locomo, needle, peers, riddles, scm, xl3m
 from memory_os.benchmarks.measure import Conversation, Question, Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
+from memory_os.lexical import query_terms, terms_of
+from memory_os.stem import by_rules
 
 LONG = "I told you about the lighthouse keeper Osvald and his seven geese. " + "It went on and on for hours. " * 60
 KEYS = {"overall", "by_category", "session_recall_at_10", "latency_ms", "peers", "left_out"}
@@ -291,7 +294,7 @@ def test_real_dialogues_are_read(shared_data):
         assert sum(len(conversation.questions) for conversation in conversations) + left_out == n
 
 
-@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "speed"])
+@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "speed", "xl3m"])
 def test_every_benchmark_has_help_with_an_example_and_json(memos, name):
     code, out, _ = memos("bench", name, "--help")
     assert code == 0
@@ -380,3 +383,62 @@ def test_what_is_named_twice_counts_once():
     talk = Conversation("d", (turn,), (Question("What is my cat called?", ("0",), answer="Miso"),))
     report = scm.compare([talk], systems=["auto", "auto"], budgets=[300, 300], llm=None, embedder="hash")
     assert report["systems"]["auto"]["overall"]["300"]["n"] == 1
+
+
+# -- xl3m --------------------------------------------------------------------------------------------------------------
+
+
+def test_riddles_are_what_they_say():
+    for riddle in riddles.RIDDLES:
+        asked = set(query_terms(riddle.question))
+        assert not asked & set(terms_of(riddle.veiled)), riddle.question
+        assert len(asked & set(terms_of(riddle.plain))) >= 0.6 * len(asked)
+        for decoy in riddle.decoys:
+            assert len(asked & set(terms_of(decoy))) >= 0.6 * len(asked), decoy
+        assert by_rules(riddle.question), riddle.question
+
+
+def test_intervals_are_wilsons():
+    half = xl3m._share([True] * 50 + [False] * 50)
+    assert (half["percent"], half["low"], half["high"], half["n"]) == (50.0, 40.4, 59.6, 100)
+    assert xl3m._share([True] * 100)["low"] == 96.3
+    assert xl3m._share([False] * 100)["high"] == 3.7
+
+
+def test_a_fact_is_planted_between_sentences():
+    host = "It was a dark night. Nobody slept well. “Who is there?” he cried. Then all was still."
+    assert xl3m._with_sentence(host, "The cat is Rex.") == host.replace("well. ", "well. The cat is Rex. ")
+    assert xl3m._with_sentence("no stop", "The cat is Rex.") == "no stop The cat is Rex."
+
+
+@pytest.mark.slow
+def test_every_part_of_xl3m_measures(memos, shared_data, tmp_path):
+    book = needle.books([shared_data / "jane_eyre.txt"])["en"]
+    llm = HuggingFaceLLM()
+    report = xl3m.ranking(book, llm=llm, embedder=HashEmbedder(), sizes=[2, 6], trials=1, riddles=riddles.RIDDLES[3:5])
+    assert set(report) == set(xl3m.KINDS)
+    easy = report["easy"]["6"]
+    assert set(easy) == set(xl3m.SYSTEMS)
+    assert easy["bm25"]["r@1"]["percent"] == easy["question_nll"]["r@1"]["percent"] == 100
+    assert report["paraphrased"]["6"]["bm25"]["r@1"]["percent"] == 0
+    for by_size in report.values():
+        for by_system in by_size.values():
+            assert all(figure["r@1"]["percent"] <= figure["r@3"]["percent"] for figure in by_system.values())
+
+    file = tmp_path / "locomo.json"
+    file.write_text(json.dumps(LOCOMO))
+    orders = xl3m.rerank(locomo.read(file)[0], budgets=[120, 4000], llm=llm, embedder="hash")
+    assert set(orders) >= {"recall", "entropy", "recall + hybrid"}
+    assert all(figure["4000"]["recall"] == 100 for figure in orders.values())
+
+    cost = xl3m.cost(book, llm=llm, lengths=[32], n=4, rounds=1)["32"]
+    assert cost["kept_ms"] < cost["ours_ms"]
+
+    (tmp_path / "book.txt").write_text("".join(book.sentences[:300]))
+    arguments = ["--data", tmp_path / "book.txt", "--parts", "document", "--length", "2000", "--json"]
+    code, out, _ = memos("bench", "xl3m", *arguments)
+    told = json.loads(out)["document"]
+    assert code == 0
+    assert told["peak_mb"] > 100
+    assert told["found"]
+    assert memos("bench", "xl3m", "--parts", "speed")[:2] == (1, "")

@@ -230,3 +230,23 @@ def test_a_label_may_hold_a_slash(memos, chat):
     assert json.loads(memos("stats", "--json")[1])["namespaces"] == [r"acme/a\/b", "default"]
     assert json.loads(memos("stats", "-n", r"acme/a\/b", "--json")[1])["segments"] == 3
     assert json.loads(memos("stats", "-n", "acme/a/b", "--json")[1])["segments"] == 0
+
+
+@pytest.mark.slow
+def test_ask_answers_from_a_file_that_is_not_stored(memos, tmp_path):
+    told = [f"In room {number} there is a chair and a table." for number in range(60)]
+    told.insert(30, "The code of the wine cellar is 4812.")
+    (tmp_path / "house.txt").write_text("\n".join(told))
+    arguments = [tmp_path / "house.txt", "What is the code of the wine cellar?", "--segment-tokens", "64", "--budget"]
+    code, out, err = memos("ask", *arguments, "400", "--show")
+    assert code == 0
+    assert "The code of the wine cellar is 4812." in out
+    assert "ranked by entropy" in err
+    code, out, _ = memos("ask", *arguments, "400", "--json")
+    answer = json.loads(out)
+    assert set(answer) == {"text", "passages", "notes", "account"}
+    assert {"start", "end", "entropy", "text"} <= set(answer["passages"][0])
+    assert answer["account"]["total"] <= 400
+    assert json.loads(memos("stats", "--json")[1])["segments"] == 0
+    assert memos("ask", tmp_path / "nowhere.txt", "What?")[0] == 1
+    assert memos("ask", *arguments, "400", "--score", "likelihood")[0] == 1
