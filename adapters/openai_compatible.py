@@ -57,8 +57,6 @@ class OpenAICompatibleLLM:
     :raises ConfigError: for a URL, model, key or number that cannot be used.
     """
 
-    reads_questions = False
-
     def __init__(
         self,
         base_url: str,

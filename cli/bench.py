@@ -95,7 +95,7 @@ def scm(
     systems: Annotated[
         str, typer.Option("--systems", help="With commas; also: scm.")
     ] = "scm-paper,scm-repo,auto,no-controller,no-flash,no-activation",
-    llm: Annotated[str, typer.Option("--llm", help="smollm2, hf:NAME or provider:model.")] = "smollm2",
+    llm: Annotated[str, typer.Option("--llm", help="smollm2, hf:NAME, URL#MODEL or provider:model.")] = "smollm2",
     answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Have the questions answered.")] = True,
     free: Annotated[bool, typer.Option("--free", help="Gates and summaries without the LLM.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most questions of a dialogue.")] = 1000,

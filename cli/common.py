@@ -41,7 +41,7 @@ Session = Annotated[
 ]
 Llm = Annotated[
     str | None,
-    typer.Option("--llm", help="smollm2, hf:NAME or provider:model.", rich_help_panel="Settings"),
+    typer.Option("--llm", help="smollm2, hf:NAME, URL#MODEL or provider:model.", rich_help_panel="Settings"),
 ]
 Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME or hash.", rich_help_panel="Settings")

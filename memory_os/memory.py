@@ -71,7 +71,8 @@ class Memory:
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
 
-        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"provider:model"`` or an object; for ``chat`` and ``stream``.
+        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"URL#MODEL"``, ``"provider:model"`` or an object; for every verb
+            that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"`` or an object.
         :param vectors: ``"exact"`` or ``"chroma"``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
@@ -252,7 +253,7 @@ class Scope:
         parts = self._parts
         if parts.llm is None:
             raise ConfigError(
-                'a summary needs an LLM: open the memory with llm="smollm2", "provider:model" or an object'
+                'a summary needs an LLM: open the memory with llm="smollm2", "URL#MODEL", "provider:model" or an object'
             )
         self.ingest(source, format=format, name=name, pick=pick)
         # by key: the file as it is now, whatever else was stored of it before

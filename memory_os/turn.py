@@ -237,7 +237,9 @@ def run_turn(
     """
     llm, reply_tokens = parts.llm, parts.options.reply_tokens
     if llm is None:
-        raise ConfigError('chat needs an LLM: open the memory with llm="smollm2", "provider:model" or an object')
+        raise ConfigError(
+            'chat needs an LLM: open the memory with llm="smollm2", "URL#MODEL", "provider:model" or an object'
+        )
     limit = min(parts.options.budget if budget is None else budget, llm.context_window - reply_tokens)
     Frame(parts.options.system, query, parts.counter, limit).check()
     if parts.backlog:
