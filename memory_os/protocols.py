@@ -38,6 +38,7 @@ __all__ = [
     "RecordStore",
     "ScoringLLM",
     "State",
+    "StructuredLLM",
     "SummarizingController",
     "TokenCounter",
     "TokenEmbedder",
@@ -77,6 +78,18 @@ class LLM(TokenCounter, Protocol):
         """Yield the reply piece by piece, at most ``max_tokens`` tokens, ending before any of ``stop``.
 
         Closing the iterator stops the model.
+        """
+
+
+@runtime_checkable
+class StructuredLLM(LLM, Protocol):
+    """An LLM that can be held to a JSON schema."""
+
+    def generate_structured(self, messages: Sequence[Message], schema: Mapping[str, Any], *, max_tokens: int) -> str:
+        """The whole reply, JSON after the schema; one that reached ``max_tokens`` may be cut off.
+
+        :param schema: a JSON schema whose top is an object, with a ``title``.
+        :raises CapabilityError: if this model, or the server behind it, turns out not to offer it.
         """
 
 
