@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HuggingFaceLLM", "cpu_has_bfloat16", "package_file", "quiet_transformers", "torch_dtype"]
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 CONVERSION = 1  # goes up when what is written into the cache changes
 
 log = logging.getLogger(__name__)
@@ -165,16 +166,13 @@ class HuggingFaceLLM:
 
     # -- what it expects (XL3M) ------------------------------------------------------------------------------------
 
-    @property
     def fingerprint(self) -> str:
-        """Changes with the weights, the dtype and the chat template, as far as they can be told apart."""
+        """Changes with the weights and the dtype, as far as they can be told apart; loads the model."""
         fingerprint: str = self._once("fingerprint", self._read_fingerprint)
         return fingerprint
 
     def read(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
         """What the model expects after each segment, the question, and the answer as far as ``stem``.
-
-        Segment and question are one message of the user's, the stem begins the reply.
 
         :raises LLMError: if a segment does not fit into the context window with the rest, or the model fails.
         """
@@ -217,11 +215,10 @@ class HuggingFaceLLM:
             what = self._converted.folder.name
         else:
             folder = Path(self.name)
-            files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+            files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHTS)
             stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             what = repr((self.name, getattr(self.model.config, "_commit_hash", None), stats))
-        template = self._chat.tokenizer.get_chat_template()
-        content = f"{what} {self.model.dtype} {template}"
+        content = f"{what} {self.model.dtype}"
         return f"{self.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _sampling(self) -> dict[str, Any]:
@@ -296,7 +293,6 @@ class _ChatTokenizer:
 
     # around a special token that a content spells out; noncharacters, which no text in any language has
     START, END = "\ufdd0", "\ufdd1"
-    PLACE = "\ufdd2"  # where a segment goes
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
@@ -334,16 +330,12 @@ class _ChatTokenizer:
         return self._encode(rendered) if ordinary else self._encode_marked(rendered)
 
     def around(self, question: str, stem: str) -> tuple[list[int], list[int], list[int]]:
-        """What stands before a segment, the question after it, and the rest up to where the answer goes on.
+        """What stands before a segment, the question after it, and the beginning of the answer."""
+        from memory_os.adapters.scoring import after_segment
 
-        A template may set a date or the like: what comes before the segment is the same for every question.
-        """
-        content = f"{self.PLACE}\n\n{self._mark(question)}{self.PLACE}"
-        pieces = self._render([{"role": "user", "content": content}]).split(self.PLACE)
-        if len(pieces) != 3:
-            raise LLMError(self.name, "its chat template changes what the user says; it cannot score segments")
-        before, asked, after = map(self._encode_marked, (*pieces[:2], pieces[2] + self._mark(stem)))
-        return before, asked, after
+        first = self.tokenizer.bos_token_id
+        asked, cue = after_segment(question, stem)
+        return self._encode("\n") if first is None else [first], self.text(asked), self.text(cue)
 
     def _render(self, chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         rendered: str = self.tokenizer.apply_chat_template(
@@ -356,7 +348,7 @@ class _ChatTokenizer:
         return ids
 
     def _mark(self, text: str) -> str:
-        for mark in (self.START, self.END, self.PLACE):  # a content cannot bring marks of its own
+        for mark in (self.START, self.END):  # a content cannot bring marks of its own
             text = text.replace(mark, "")
         return self._special.sub(lambda found: f"{self.START}{found[0]}{self.END}", text)
 

@@ -1,7 +1,7 @@
 """Any server that speaks OpenAI's HTTP protocol as an LLM: vLLM, llama.cpp, Ollama, LM Studio, OpenAI itself.
 
 Replies come from ``/chat/completions`` as they are made; probabilities, where the server shows them, from
-``/completions``.
+``/completions``, which OpenAI has for none of its chat models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW
+from memory_os.adapters.scoring import after_segment
 from memory_os.adapters.tokenizers import counter_for, end_before, end_within
 from memory_os.errors import CapabilityError, ConfigError, LLMError, MemoryOSError
 from memory_os.protocols import Reading
@@ -97,7 +98,6 @@ class OpenAICompatibleLLM:
         """Whether token counts are the model's own."""
         return self._counter.exact
 
-    @property
     def fingerprint(self) -> str:
         """Server, model and ``top_n``; what else the server changes cannot be seen from here."""
         return f"{self.base_url.partition('://')[2]}#{self.name}:{self.top_n}"
@@ -133,9 +133,8 @@ class OpenAICompatibleLLM:
         """
         if not segments:
             return
-        # without a space at the end: the token that comes next brings its own
-        cue = f"\n\nQuestion: {question}\nAnswer: {stem}".rstrip()
-        prompts = [segment + cue for segment in segments]
+        asked, cue = after_segment(question, stem)
+        prompts = [segment + asked + cue for segment in segments]
         done = 0
         with self._client() as client:
             while done < len(prompts):
@@ -143,6 +142,8 @@ class OpenAICompatibleLLM:
                 try:
                     readings = self._read_batch(client, some)
                 except LLMError as error:
+                    if _completes_nothing(error.__cause__):
+                        raise CapabilityError("xl3m", "log-probabilities", "HuggingFaceLLM") from error
                     if len(some) == 1 or not _may_be_of_the_list(error.__cause__):
                         raise
                     readings = self._read_batch(client, some[:1])
@@ -325,6 +326,16 @@ def _may_pass(error: BaseException) -> bool:
         return error.response.status_code == 429 or error.response.status_code >= 500
     # a time-out of a server that did accept the request has taken long enough
     return isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.ConnectTimeout)
+
+
+def _completes_nothing(error: BaseException | None) -> bool:
+    """Whether a server has the model, but no ``/completions`` for it: OpenAI's chat models among them."""
+    import httpx
+
+    if not isinstance(error, httpx.HTTPStatusError):
+        return False
+    status, said = error.response.status_code, _message_of(error.response.text).lower()
+    return status in (405, 501) or (status in (400, 404) and "chat" in said and "completions" in said)
 
 
 def _may_be_of_the_list(error: BaseException | None) -> bool:

@@ -1,8 +1,8 @@
-"""What a local model expects after a segment and a question: many segments in a batch, each read once.
+"""What a model expects after a segment and a question; for local models: many segments in a batch, each read once.
 
-A segment's keys and values are computed after a prefix that all share (the chat template up to the user's words), then
-the question is read after them. Whoever keeps the keys and values has only the question read again, with the same
-result to the last bit that this machine's arithmetic gives.
+A segment's keys and values are computed after a prefix that all share, then the question is read after them. Whoever
+keeps the keys and values has only the question read again, with the same result to the last bit that this machine's
+arithmetic gives.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from memory_os.protocols import Reading
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BATCH_TOKENS", "KeptKV", "SegmentReader"]
+__all__ = ["BATCH_TOKENS", "KeptKV", "SegmentReader", "after_segment"]
 
 BATCH_TOKENS = 4096
-"""Tokens of segments in a batch: with SmolLM2 about 90 MB of keys and values."""
+"""Tokens of a batch, questions and padding counted: with SmolLM2 about 90 MB of keys and values."""
 
 KeptKV = MutableMapping[tuple[int, ...], Any]
 """Keys and values by a segment's tokens: a tensor ``[layers, 2, kv_heads, tokens, head_dim]``."""
 
 
+def after_segment(question: str, stem: str) -> tuple[str, str]:
+    """The question as it follows a segment, and the beginning of the answer, where the next token is asked for.
+
+    Plain text and no chat template, as in the paper: in a template a small instruction model began its answers anew.
+    No space stands at the end: the token that comes next brings its own.
+    """
+    return f"\n\nQuestion: {question}\n", f"Answer: {stem}".rstrip()
+
+
 class SegmentReader:
     """Reads segments with one causal model.
 
-    :param prefix: token ids that stand before every segment.
+    :param prefix: token ids that stand before every segment; at least one, which the others can attend to.
     """
 
     def __init__(self, model: Any, prefix: Sequence[int]) -> None:
@@ -53,9 +62,10 @@ class SegmentReader:
         """
         import torch
 
-        for batch in _batches(segments):
-            with torch.inference_mode():
-                yield from self._batch(batch, [*question, *cue], len(question) if with_question else 0, kept)
+        for batch in _batches(segments, len(self._prefix) + len(question) + len(cue)):
+            with torch.inference_mode():  # not around the yield: it would hold in the caller's code
+                readings = self._batch(batch, [*question, *cue], len(question) if with_question else 0, kept)
+            yield from readings
 
     def _batch(
         self, segments: Sequence[Sequence[int]], tail: Sequence[int], n_question: int, kept: KeptKV | None
@@ -81,8 +91,8 @@ class SegmentReader:
         nexts = self._log_probs(hidden[:, -1]).cpu().numpy()
         if not n_question:
             return [Reading(row, complete=True) for row in nexts]
-        asked = ids[:, 1:n_question]
-        told = self._log_probs(hidden[:, : n_question - 1]).gather(2, asked[:, :, None]).squeeze(2).cpu().numpy()
+        asked = ids[0, 1:n_question, None]
+        told = [self._log_probs(own[: n_question - 1]).gather(1, asked).squeeze(1).cpu().numpy() for own in hidden]
         return [Reading(row, complete=True, question=own) for row, own in zip(nexts, told, strict=True)]
 
     def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -97,7 +107,7 @@ class SegmentReader:
         if self._prefix_kv is None:
             self._prefix_kv = self._forward([self._prefix], None)
         # padded on the right: no token attends to what comes after it
-        longest = max(map(len, segments))
+        longest = max(1, *map(len, segments))  # a model takes no row of nothing
         rows = [[*ids, *[0] * (longest - len(ids))] for ids in segments]
         past = [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self._prefix_kv]
         layers = self._forward(rows, past)
@@ -114,7 +124,7 @@ class SegmentReader:
         from transformers import DynamicCache
 
         cache = DynamicCache(past, config=self._model.config)
-        ids = torch.tensor(rows, dtype=torch.long, device=self._model.device)  # rows may be empty
+        ids = torch.tensor(rows, dtype=torch.long, device=self._model.device)
         self._model.model(input_ids=ids, past_key_values=cache)
         layers: Any = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
@@ -143,12 +153,12 @@ class SegmentReader:
         return DynamicCache(layers, config=self._model.config), mask
 
 
-def _batches(segments: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    """Runs of segments of at most ``BATCH_TOKENS`` together, padding counted; at least one each."""
+def _batches(segments: Sequence[Sequence[int]], n_around: int) -> Iterator[Sequence[Sequence[int]]]:
+    """Runs of segments of at most ``BATCH_TOKENS`` together, padding and what is around them counted."""
     start = longest = 0
     for end, ids in enumerate(segments):
         longest = max(longest, len(ids))
-        if end > start and longest * (end - start + 1) > BATCH_TOKENS:
+        if end > start and (longest + n_around) * (end - start + 1) > BATCH_TOKENS:
             yield segments[start:end]
             start, longest = end, len(ids)
     if start < len(segments):

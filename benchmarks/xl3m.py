@@ -54,6 +54,8 @@ N_PLANTED = 4
 POOL = 2
 """The other segments of a trial are drawn from so many times as many as are needed."""
 SHORTLIST = 40
+RUN = 7
+"""Sentences that stay together where a book is repeated in another order: fewer than a segment has."""
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Of a certainty, in standard deviations, beside recall's score; chosen on the other conversations."""
 
@@ -72,7 +74,7 @@ def ranking(
     riddles: Sequence[Riddle] = RIDDLES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """R@1 and R@3 by kind, number of segments and system, with 95 % confidence intervals (Wilson).
+    """R@1 and R@3 by kind, number of segments and system, with 95 % confidence intervals; see ``_share``.
 
     :param trials: of each riddle; every one in another place.
     :param seed: of what is planted where.
@@ -108,7 +110,7 @@ def ranking(
     return {
         kind: {
             str(size): {
-                system: {f"r@{k}": _share([rank < k for rank in ranks[kind, size, system]]) for k in (1, 3)}
+                system: {f"r@{k}": _share([rank < k for rank in ranks[kind, size, system]], trials) for k in (1, 3)}
                 for system in SYSTEMS
             }
             for size in sizes
@@ -184,14 +186,22 @@ class Reader:
         }
 
 
-def _share(hits: Sequence[bool]) -> dict[str, float]:
-    """The share of hits in percent, and its 95 % confidence interval after Wilson."""
-    n, z = len(hits), 1.96
-    share = sum(hits) / n
+def _share(hits: Sequence[bool], together: int) -> dict[str, float]:
+    """The share of hits in percent, and its 95 % confidence interval after Wilson.
+
+    Trials of one fact resemble each other, so they count as fewer: as many as would vary as the facts' shares do.
+
+    :param together: so many neighbours are trials of one fact.
+    """
+    total, z = len(hits), 1.96
+    share = sum(hits) / total
+    by_fact = [statistics.fmean(hits[start : start + together]) for start in range(0, total, together)]
+    spread = statistics.variance(by_fact) / len(by_fact) if len(by_fact) > 1 else 0.0
+    n = min(max(share * (1 - share) / spread, len(by_fact)), total) if spread else len(by_fact)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     low, high = max(middle - half, 0.0), min(middle + half, 1.0)
-    return {"percent": round(100 * share, 1), "low": round(100 * low, 1), "high": round(100 * high, 1), "n": n}
+    return {"percent": round(100 * share, 1), "low": round(100 * low, 1), "high": round(100 * high, 1), "n": total}
 
 
 # -- beside recall -----------------------------------------------------------------------------------------------------
@@ -225,7 +235,8 @@ def rerank(
     """Share of the evidence in the context, by order of recall's candidates and budget.
 
     ``recall`` is the default controller's order. A score reorders the first candidates of recall. ``recall + score``
-    adds it, in standard deviations, with the weight that is best on the other conversations.
+    adds it, in standard deviations, with the weight that is best on the other conversations. ``gain`` is the mean
+    difference from recall over the questions, with its 95 % confidence interval.
 
     :param limit: most questions of a conversation.
     """
@@ -311,7 +322,7 @@ def _recall(asked: Asked, order: Sequence[int], budget: int) -> float:
 def _figure(found: Mapping[tuple[str, int], Sequence[tuple[int, float]]], name: str, budget: int) -> dict[str, float]:
     if not name.startswith("recall + "):
         values = [share for _, share in found[name, budget]]
-        return {"recall": round(statistics.fmean(values), 2), "n": len(values)}
+        return _beside(values, found["recall", budget])
     weighted = {weight: found[f"{name} {weight}", budget] for weight in WEIGHTS}
     values, chosen = [], []
     for left_out in sorted({number for number, _ in weighted[0.0]}):
@@ -319,7 +330,16 @@ def _figure(found: Mapping[tuple[str, int], Sequence[tuple[int, float]]], name: 
         best = max(WEIGHTS, key=lambda w: (statistics.fmean(others[w]) if others[w] else 0.0, -w))
         chosen.append(best)
         values += [share for number, share in weighted[best] if number == left_out]
-    return {"recall": round(statistics.fmean(values), 2), "n": len(values), "weight": statistics.median(chosen)}
+    return {**_beside(values, found["recall", budget]), "weight": statistics.median(chosen)}
+
+
+def _beside(values: Sequence[float], recall: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """The mean, and what it is above recall's, question by question; both in the order of the conversations."""
+    gains = [value - own for value, (_, own) in zip(values, recall, strict=True)]
+    gain = statistics.fmean(gains)
+    half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    figure = {"recall": statistics.fmean(values), "gain": gain, "low": gain - half, "high": gain + half}
+    return {**{name: round(value, 2) for name, value in figure.items()}, "n": len(values)}
 
 
 # -- a long document ---------------------------------------------------------------------------------------------------
@@ -340,9 +360,9 @@ print(json.dumps({"text": reply.text, "shown": reply.context.text, "notes": list
 def document(book: Book, length: int, *, score: str = "entropy", riddle: Riddle = RIDDLES[3]) -> dict[str, Any]:
     """A document of so many tokens (cl100k_base) with a fact in its middle, read in a process of its own.
 
-    :param book: repeated from its beginning where it is shorter.
+    :param book: where it is shorter, it is repeated in another order, so that no segment is read twice.
     """
-    haystack = planted(book, length, [50], [(riddle.plain, riddle.question)], 0)
+    haystack = planted(_longer(book, length), length, [50], [(riddle.plain, riddle.question)], 0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "document.txt"
         file.write_text(haystack.text, encoding="utf-8")
@@ -363,6 +383,20 @@ def document(book: Book, length: int, *, score: str = "entropy", riddle: Riddle 
         "answer": report["text"],
         "notes": report["notes"],
     }
+
+
+def _longer(book: Book, length: int) -> Book:
+    """At least so many tokens: the book, then its runs of sentences in ever other orders."""
+    rng = random.Random(0)
+    sentences, costs = list(book.sentences), list(book.costs)
+    runs = [range(start, min(start + RUN, len(book.sentences))) for start in range(0, len(book.sentences), RUN)]
+    total = sum(costs)
+    while total < length:
+        for run in rng.sample(runs, len(runs)):
+            sentences += [book.sentences[i] for i in run]
+            costs += [book.costs[i] for i in run]
+        total += sum(book.costs)
+    return Book(sentences, costs)
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

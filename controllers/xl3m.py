@@ -7,6 +7,7 @@ next token, the more relevant the segment; the best enter, in chronological orde
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -39,8 +40,8 @@ class Xl3mController:
         the best candidates of recall, each by itself.
     :param score: ``"entropy"`` is the paper's; see ``certainty.relevance`` for the others.
     :param k: how many segments (windows, in a scan) to activate; by default as many as the budget has room for.
-    :param shortlist: how many of recall's candidates are read.
-    :param segment_tokens: most tokens of a window, in the LLM's tokens.
+    :param shortlist: how many of recall's candidates are read; the others come after them, as recall ranks them.
+    :param segment_tokens: most tokens of a window, in the LLM's tokens; fewer where the budget has no room for them.
     :param overlap: most tokens that neighbouring windows share, so that what stands at a cut stands whole in one.
     :param stem: who makes the beginning of the answer: ``"rules"``, ``"llm"``, ``"auto"`` (the LLM where the rules do
         not know the question's form), or ``"none"``, with which entropy was no better than chance.
@@ -90,49 +91,50 @@ class Xl3mController:
         shortlist, rest = memory.candidates[: self.shortlist], memory.candidates[self.shortlist :]
         if not shortlist:
             return Decision((), ("xl3m: there is nothing to read",))
-        read = self._read([(candidate.segment,) for candidate in shortlist], memory, memory.stem(self.stem))
+        read = self._read([(candidate.segment,) for candidate in shortlist], memory, self._stem(memory))
         values = relevance(read, self.score)
         for candidate, certainty, value in zip(shortlist, read, values, strict=True):
             signals = {"recall": round(candidate.score, 4), **_signals(certainty)}
             memory.offer(candidate.segment, value, signals, _contributions(certainty, self.score))
         order = sorted(range(len(shortlist)), key=lambda i: (-values[i], shortlist[i].segment.seq))
-        wanted = [shortlist[i].segment.id for i in order]
-        dropped = (
-            [*wanted[self.k :], *(candidate.segment.id for candidate in rest)]
-            if self.k
-            else [candidate.segment.id for candidate in rest]
-        )
+        wanted = [shortlist[i].segment.id for i in order] + [candidate.segment.id for candidate in rest]
         choices = [Choice(id_, Form.FULL, Reason.RELEVANT) for id_ in wanted[: self.k]]
-        choices += [Choice(id_, None, Reason.NOT_CHOSEN) for id_ in dropped]
+        choices += [Choice(id_, None, Reason.NOT_CHOSEN) for id_ in wanted[len(choices) :]]
         return Decision(tuple(choices), self._notes(values, f"{len(shortlist)} of recall's candidates"))
 
     # -- scan ------------------------------------------------------------------------------------------------------
 
     def _scan(self, memory: MemoryView, budget: int) -> Decision:
-        k = self.k or max(budget // (self.segment_tokens + WRAPPER), 1)
+        size = max(min(self.segment_tokens, budget - WRAPPER), 1)
+        k = self.k or max(budget // (size + WRAPPER), 1)
         best: list[tuple[float, int, Window, Certainty]] = []
-        values: list[float] = []
-        windows = memory.windows(self.segment_tokens, self.overlap)
+        n, low, high = 0, math.inf, -math.inf
+        windows = memory.windows(size, min(self.overlap, size - 1))
         stem: str | None = None
         while batch := list(islice(windows, BATCH)):
-            stem = memory.stem(self.stem) if stem is None else stem
+            stem = self._stem(memory) if stem is None else stem
             read = self._read(batch, memory, stem)
             for window, certainty, value in zip(batch, read, relevance(read, self.score), strict=True):
                 # the number is unique: of equals the earlier one is better, and windows are never compared
-                heapq.heappush(best, (value, -len(values), window, certainty))
-                values.append(value)
+                heapq.heappush(best, (value, -n, window, certainty))
+                n, low, high = n + 1, min(low, value), max(high, value)
             best = heapq.nlargest(k + SHOWN, best)
             heapq.heapify(best)
-        if not values:
+        if not n:
             return Decision((), ("xl3m: there is nothing to read",))
         choices: dict[str, Choice] = {}
-        for place, (value, _, window, certainty) in enumerate(sorted(best, reverse=True)):
+        for place, (value, number, window, certainty) in enumerate(sorted(best, reverse=True)):
             form, reason = (Form.FULL, Reason.RELEVANT) if place < k else (None, Reason.NOT_CHOSEN)
             for segment in window:  # what windows share is taken once, as part of the best
                 if segment.id not in choices:
-                    memory.offer(segment, value, _signals(certainty), _contributions(certainty, self.score))
+                    signals = {**_signals(certainty), "window": 1.0 - number}
+                    memory.offer(segment, value, signals, _contributions(certainty, self.score))
                     choices[segment.id] = Choice(segment.id, form, reason)
-        return Decision(tuple(choices.values()), self._notes(values, f"all {len(values)} windows"))
+        return Decision(tuple(choices.values()), self._notes((low, high)[:n], f"all {n} windows"))
+
+    def _stem(self, memory: MemoryView) -> str:
+        """How the answer begins; the question's likelihood does not depend on it."""
+        return "" if self.score == "question_nll" else memory.stem(self.stem)
 
     def _read(self, windows: Sequence[Window], memory: MemoryView, stem: str) -> Sequence[Certainty]:
         return memory.certainties(windows, stem, with_question=self.score != "entropy")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from threading import Event
+from typing import IO, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from memory_os.memory import Memory, Scope, Stream
 from memory_os.types import Namespace, Reply
@@ -39,7 +40,6 @@ class AsyncScope:
     add_many = _threaded(Scope.add_many)
     ingest = _threaded(Scope.ingest)
     summarize = _threaded(Scope.summarize)
-    read = _threaded(Scope.read)
     sources = _threaded(Scope.sources)
     forget = _threaded(Scope.forget)
     export = _threaded(Scope.export)
@@ -50,6 +50,37 @@ class AsyncScope:
     history = _threaded(Scope.history)
     segment = _threaded(Scope.segment)
     stats = _threaded(Scope.stats)
+
+    async def read(
+        self,
+        document: str | Path | IO[bytes],
+        question: str,
+        *,
+        name: str | None = None,
+        budget: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Reply:
+        """Answer a question about a document of any size; cancelling it stops after the segments being scored."""
+        cancelled = Event()
+
+        def watched(done: int, total: int) -> None:
+            if cancelled.is_set():
+                raise asyncio.CancelledError
+            if progress:
+                progress(done, total)
+
+        reading = asyncio.ensure_future(
+            asyncio.to_thread(
+                self.scope.read, document, question, name=name, budget=budget, progress=watched, options=options
+            )
+        )
+        try:
+            return await asyncio.shield(reading)
+        finally:
+            cancelled.set()
+            if not reading.done():  # the thread must come back before the store is closed
+                await asyncio.wait([reading])
 
     async def chat(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Reply:
         """One whole turn; cancelling it interrupts the model and stores what was said."""

@@ -103,7 +103,7 @@ EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash
 
 ADAPTERS_WITH = {
     "LLM": "llm='smollm2'", "ScoringLLM": "HuggingFaceLLM", "QuestionScoringLLM": "HuggingFaceLLM",
-    "CachingLLM": "HuggingFaceLLM", "StructuredLLM": "OpenAICompatibleLLM",
+    "CachingLLM": "HuggingFaceLLM",
 }  # fmt: skip
 
 

@@ -74,5 +74,5 @@ def relevance(certainties: Sequence[Certainty], score: Score) -> list[float]:
 
 
 def stands_out(values: Sequence[float]) -> bool:
-    """Whether relevances tell any segments apart; one alone cannot be told apart from nothing."""
+    """Whether relevances tell segments apart; one alone has nothing to be told apart from."""
     return len(values) < 2 or max(values) - min(values) > EVEN

@@ -189,6 +189,8 @@ def check_utf8(stream: IO[bytes], name: str) -> None:
     position = 0
     try:
         while block := stream.read(1 << 20):
+            if b"\x00" in block:
+                raise InvalidInputError("it holds NUL characters, so it is not text", source=name)
             decoder.decode(block)
             position += len(block)
         decoder.decode(b"", final=True)

@@ -276,10 +276,11 @@ class Scope:
     ) -> Reply:
         """Answer a question about a document of any size, by XL3M: all of it is read, the best of it enters.
 
-        The document is streamed and not stored, nor is the question. What was scored is kept: run again, also after an
-        interruption, nothing is scored twice.
+        The document is streamed and not stored, nor is the question; kept are scores under digests, and the beginning
+        of the answer where the LLM made it. Run again, also after an interruption, nothing is scored twice, of the
+        last 200,000 segments of the namespace.
 
-        :param document: a path, or a seekable binary stream; UTF-8 text.
+        :param document: a path, or a seekable binary stream, which is read from its beginning; UTF-8 text.
         :param name: of the document, in the context; the path if not given.
         :param budget: most tokens of the prompt.
         :param progress: called with ``(bytes read, bytes in all)``.
@@ -292,6 +293,8 @@ class Scope:
         from memory_os.read import read_document
 
         check_text(question)
+        if "mode" in (options or {}):
+            raise ConfigError("a document is always read from beginning to end: leave out the option mode")
         controller = make_controller("xl3m-scan", options or {})
         check_llm(controller, self._parts.llm)
         parts = replace(self._parts, controller=controller)

@@ -112,7 +112,6 @@ class Reading:
 class ScoringLLM(LLM, Protocol):
     """An LLM that shows its probabilities (XL3M)."""
 
-    @property
     def fingerprint(self) -> str:
         """Changes whenever readings of before and after must not be compared."""
 
@@ -366,8 +365,11 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def read_scores(self, namespace: Namespace, keys: Sequence[str]) -> dict[str, Any]:
         """What was kept under these keys, of what is there."""
 
-    def put_scores(self, namespace: Namespace, values: Mapping[str, Any]) -> None:
-        """Keep what an LLM made of texts, by key, as JSON: derived, bounded, and gone when anything is forgotten."""
+    def put_scores(self, namespace: Namespace, values: Mapping[str, Any], *, epoch: int) -> None:
+        """Keep what an LLM made of texts, by key, as JSON: derived, bounded, and gone when anything is forgotten.
+
+        :param epoch: of the namespace when the texts were read; nothing is kept if it is another one now.
+        """
 
     def save_trace(self, trace: Trace) -> None:
         """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded."""

@@ -19,9 +19,9 @@ from memory_os.errors import InvalidInputError, LLMError
 from memory_os.ingest import check_utf8
 from memory_os.pack import Frame, render_line, room_for_lines
 from memory_os.turn import Clock, Parts, compose
-from memory_os.types import Candidate, Certainty, Choice, Context, Decision, Namespace, Outcome, Reply, Segment
+from memory_os.types import Candidate, Certainty, Choice, Context, Decision, Namespace, Outcome, Reason, Reply, Segment
 from memory_os.view import View
-from memory_os.windows import sentences, windows
+from memory_os.windows import sentences, windows, within
 
 __all__ = ["Progress", "read_document"]
 
@@ -56,13 +56,17 @@ def read_document(
     limit = min(budget, llm.context_window - parts.options.reply_tokens)
     frame = Frame(parts.options.system, question, parts.counter, limit, parts.options.reply_tokens)
     frame.check()
+    if not document.seekable():
+        raise InvalidInputError("it can be read only once; save it as a file first", source=name)
+    document.seek(0)
     check_utf8(document, name)
     memory = DocumentView(parts, namespace, document, question, name=name, when=when, progress=progress)
-    decision = parts.controller.decide(question, memory, room_for_lines(frame, ()))
+    room = room_for_lines(frame, ())
+    decision = parts.controller.decide(question, memory, room)
     memory.clock.lap("decide")
     if not memory.offered:
         raise InvalidInputError("there is nothing in it to read", source=name)
-    candidates, decided = passages(memory.offered, decision, memory.price)
+    candidates, decided = passages(memory.offered, decision, memory.price, room)
     context = compose(memory, frame, candidates, decided)
     return _answered(parts, context, memory.clock)
 
@@ -117,14 +121,18 @@ class DocumentView(View):
         return self.parts.counter.count_text(render_line(passage) + "\n")
 
     def windows(self, size: int, overlap: int) -> Iterator[tuple[Segment, ...]]:
-        """The document's sentences, as overlapping runs."""
+        """The document's sentences, as overlapping runs; one that is longer than a run is cut."""
         count = self._llm.count_text
-        return windows(self._sentences(), lambda sentence: count(sentence.text), size, overlap)
+        return windows(self._sentences(size), lambda sentence: count(sentence.text), size, overlap)
 
-    def _sentences(self) -> Iterator[Segment]:
+    def _sentences(self, size: int) -> Iterator[Segment]:
         start = 0
-        for number, text in enumerate(sentences(self._blocks()), start=1):
+        pieces = (piece for each in sentences(self._blocks()) for piece in within(each, self._llm.count_text, size))
+        for number, text in enumerate(pieces, start=1):
             end = start + len(text)
+            if number == 1 and not text.strip():  # white space before anything; between sentences it belongs to them
+                start = end
+                continue
             yield Segment(
                 id=f"{self._name}:{start}-{end}",
                 seq=number,
@@ -146,8 +154,6 @@ class DocumentView(View):
         document.seek(0)
         text = codecs.getreader("utf-8-sig")(document)
         while block := text.read(BLOCK_CHARS, BLOCK_CHARS):
-            if "\x00" in block:
-                raise InvalidInputError("it holds NUL characters, so it is not text", source=self._name)
             yield block
 
     def certainties(
@@ -166,27 +172,50 @@ class DocumentView(View):
 
 
 def passages(
-    offered: Sequence[Candidate], decision: Decision, price: Callable[[Segment], int]
+    offered: Sequence[Candidate], decision: Decision, price: Callable[[Segment], int], room: int
 ) -> tuple[list[Candidate], Decision]:
-    """Runs of neighbouring sentences of one verdict, each as one candidate with the best of its scores."""
-    verdicts = {choice.segment_id: choice for choice in decision.choices}
+    """Runs of neighbouring sentences of one verdict, each as one candidate with the best of its scores.
+
+    Of the wanted ones only those that fit together are joined: a longer passage would be cut by the packer, and what
+    was found may stand at its end.
+
+    :param room: tokens for all passages.
+    """
+    verdicts = {choice.segment_id: choice for choice in _fitting(offered, decision, price, room)}
     rank = {choice.segment_id: place for place, choice in enumerate(decision.choices)}
-    in_order = sorted(offered, key=lambda candidate: candidate.segment.seq)
-
-    def run_of(pair: tuple[int, Candidate]) -> tuple[int, object, object]:
-        place, candidate = pair
-        verdict = verdicts[candidate.segment.id]
-        return candidate.segment.seq - place, verdict.form, verdict.reason
-
     joined: list[tuple[int, Candidate, Choice]] = []
-    for _, group in groupby(enumerate(in_order), key=run_of):
-        run = [candidate for _, candidate in group]
+    for run in _runs(offered, lambda each: (verdicts[each.segment.id].form, verdicts[each.segment.id].reason)):
         best = min(run, key=lambda candidate: rank[candidate.segment.id])
         passage = _joined([candidate.segment for candidate in run])
         choice = replace(verdicts[best.segment.id], segment_id=passage.id)
         joined.append((rank[best.segment.id], replace(best, segment=passage, n_tokens=price(passage)), choice))
     joined.sort(key=lambda each: each[0])
     return [each[1] for each in joined], Decision(tuple(each[2] for each in joined), decision.notes)
+
+
+def _fitting(
+    offered: Sequence[Candidate], decision: Decision, price: Callable[[Segment], int], room: int
+) -> Iterator[Choice]:
+    """The verdicts, with windows that do not fit any more dropped; the best is kept."""
+    by_id = {candidate.segment.id: candidate for candidate in offered}
+    wanted = [by_id[choice.segment_id] for choice in decision.choices if choice.form]
+    over: set[str] = set()
+    for number, (_, window) in enumerate(groupby(wanted, key=lambda candidate: candidate.signals.get("window"))):
+        own = list(window)
+        cost = sum(price(_joined([each.segment for each in run])) for run in _runs(own, lambda _: None))
+        if cost <= room or not number:
+            room -= cost
+        else:
+            over.update(candidate.segment.id for candidate in own)
+    for choice in decision.choices:
+        yield replace(choice, form=None, reason=Reason.OVER_BUDGET) if choice.segment_id in over else choice
+
+
+def _runs(candidates: Sequence[Candidate], verdict: Callable[[Candidate], object]) -> Iterator[list[Candidate]]:
+    """Neighbouring sentences of one verdict, in the order of the document."""
+    in_order = sorted(candidates, key=lambda candidate: candidate.segment.seq)
+    for _, group in groupby(enumerate(in_order), key=lambda pair: (pair[1].segment.seq - pair[0], verdict(pair[1]))):
+        yield [candidate for _, candidate in group]
 
 
 def _joined(run: Sequence[Segment]) -> Segment:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 
 from memory_os import stem as stems
@@ -14,7 +15,7 @@ from memory_os.certainty import certainty_of
 from memory_os.errors import CapabilityError, ConfigError, LLMError, MemoryOSError
 from memory_os.protocols import LLM, QuestionScoringLLM, RecordStore, ScoringLLM
 from memory_os.types import Certainty, Namespace
-from memory_os.windows import sentences, windows
+from memory_os.windows import sentences, windows, within
 
 __all__ = ["STEMS", "Scorer"]
 
@@ -23,26 +24,35 @@ VERSION = 1
 BATCH = 16
 """Texts that are scored before their scores are durable."""
 STEMS = ("auto", "rules", "llm", "none")
-ROOM = 256
-"""Tokens of the context window that are left to question, stem and chat template when a text is too long for it."""
+ROOM = 128
+"""Tokens of the context window that are left to the stem and what surrounds text and question."""
 
 
 class Scorer:
     """What one query makes of texts.
 
+    :param epoch: of the namespace when the texts were read: once anything was forgotten, nothing more is kept.
     :param controller: who asks, for errors.
     :param notes: where the trace's notes go.
     """
 
     def __init__(
-        self, store: RecordStore, namespace: Namespace, llm: LLM, controller: str, query: str, notes: list[str]
+        self,
+        store: RecordStore,
+        namespace: Namespace,
+        llm: LLM,
+        query: str,
+        *,
+        epoch: int,
+        controller: str,
+        notes: list[str],
     ) -> None:
         if not isinstance(llm, ScoringLLM):
             raise CapabilityError(controller, "ScoringLLM", "HuggingFaceLLM")
         self._store, self._namespace, self._llm = store, namespace, llm
-        self._controller, self._query, self._notes = controller, query, notes
+        self._epoch, self._controller, self._query, self._notes = epoch, controller, query, notes
         self.n_scored = 0
-        self.n_known = 0
+        """Texts that were read by the LLM; the others' scores were known."""
 
     def stem(self, how: str, ask: Callable[..., str]) -> str:
         """How an answer begins; noted. One that the LLM made is kept, so that every later score rests on the same.
@@ -73,7 +83,8 @@ class Scorer:
                 max_tokens=stems.MAX_TOKENS,
                 read=lambda answer: stems.read_stem(answer, self._query),
             )
-            self._store.put_scores(self._namespace, {key: known})
+            if known:  # what a model that failed did not say is asked again
+                self._store.put_scores(self._namespace, {key: known}, epoch=self._epoch)
         return str(known)
 
     def __call__(self, texts: Sequence[str], stem: str, *, with_question: bool) -> list[Certainty]:
@@ -92,10 +103,11 @@ class Scorer:
         return [_best([found[part] for part in own]) for own in parts]
 
     def _fitting(self, text: str) -> list[str]:
-        limit = max(self._llm.context_window - ROOM, self._llm.context_window // 2)
+        limit = max(self._llm.context_window - self._llm.count_text(self._query) - ROOM, ROOM)
         if len(text.encode()) <= limit or self._llm.count_text(text) <= limit:  # no token is shorter than a byte
             return [text]
-        return ["".join(run) for run in windows(sentences([text]), self._llm.count_text, limit, 0)]
+        pieces = (piece for each in sentences([text]) for piece in within(each, self._llm.count_text, limit))
+        return ["".join(run) for run in windows(pieces, self._llm.count_text, limit, 0)]
 
     def _scored(self, texts: Sequence[str], stem: str, with_question: bool) -> dict[str, Certainty]:
         keys = {text: self._key("certainty", stem, text) for text in texts}
@@ -103,10 +115,10 @@ class Scorer:
         found = {text: Certainty(**known[key]) for text, key in keys.items() if key in known}
         found = {text: each for text, each in found.items() if each.question_nll is not None or not with_question}
         missing = [text for text in texts if text not in found]
-        self.n_known += len(found)
         if missing:
             made = self._read(missing, stem, with_question)
-            self._store.put_scores(self._namespace, {keys[text]: _as_json(each) for text, each in made.items()})
+            values = {keys[text]: _as_json(each) for text, each in made.items()}
+            self._store.put_scores(self._namespace, values, epoch=self._epoch)
             found |= made
             self.n_scored += len(made)
         return found
@@ -120,15 +132,18 @@ class Scorer:
                 readings = llm.read_question(texts, self._query, stem)
             else:
                 readings = llm.read(texts, self._query, stem)
-            return {text: certainty_of(reading) for text, reading in zip(texts, readings, strict=True)}
+            made = {text: certainty_of(reading) for text, reading in zip(texts, readings, strict=True)}
         except MemoryOSError:
             raise
         except Exception as error:  # whatever a foreign LLM raises becomes one typed error
             raise LLMError(llm.name, f"{type(error).__name__}: {error}") from error
+        if not all(math.isfinite(each.entropy) and math.isfinite(each.question_nll or 0.0) for each in made.values()):
+            raise LLMError(llm.name, "its probabilities are not numbers; load it with another dtype, such as float32")
+        return made
 
     def _key(self, *what: object) -> str:
         assert isinstance(self._llm, ScoringLLM)
-        content = [VERSION, self._llm.fingerprint, self._query, *what]
+        content = [VERSION, self._llm.fingerprint(), self._query, *what]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:40]
 
 

@@ -35,6 +35,8 @@ _ASIDE = re.compile(
     rf"[\s,]+(?=(?:{_WHS})\b)",
     re.IGNORECASE,
 )
+_IS = re.compile(rf"\b({_WHS})['’]s\b", re.IGNORECASE)
+_PRONOUNS = frozenset("i you he she it we they there this that these those".split())
 _FILLER = re.compile(rf"^{_OPENING}+", re.IGNORECASE)
 _WH = re.compile(
     r"^(?:(?P<prep>in|on|at|to|from|with|for|of|by|about|into|since|during) )?"
@@ -106,6 +108,7 @@ def by_rules(question: str) -> str | None:
     text = question.strip().splitlines()[-1].strip() if question.strip() else ""
     if language_of(text) == "zh":
         return _chinese(text)
+    text = _IS.sub(r"\1 is", text)
     asked = re.findall(r"[^.!?]+[?]", text)
     text = (asked[-1] if asked else text).strip().rstrip("?.! ").strip()
     embedded, n = _ASIDE.subn("", text, count=1)
@@ -166,8 +169,24 @@ def _inflected(word: str, asked: set[str]) -> bool:
 
 def _sentence(text: str) -> str | None:
     text = _LATER.sub("", " ".join(text.split())).strip(" ,")
-    text = re.sub(r"\bmy\b", "your", re.sub(r"\b(?:am I|I am)\b", "you are", text), flags=re.IGNORECASE)
+    text = _OTHER_PERSON.sub(lambda word: _turned(word[0].lower(), text[: word.start()]), text)
+    for said, right in (("you am", "you are"), ("you was", "you were"), ("I are", "I am"), ("I were", "I was")):
+        text = re.sub(rf"\b{said}\b", right, text)
     return text[:1].upper() + text[1:] if re.search(r"\w", text) else None
+
+
+_OTHER_PERSON = re.compile(r"\b(?:i|me|my|mine|myself|you|your|yours|yourself)\b", re.IGNORECASE)
+_TURNED = {
+    "i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "your": "my", "yours": "mine",
+    "yourself": "myself",
+}  # fmt: skip
+
+
+def _turned(word: str, before: str) -> str:
+    """The person as the one who answers says it."""
+    if word == "you":
+        return "I" if not before.strip() or before.endswith((" that ", " than ")) else "me"
+    return _TURNED[word]
 
 
 def _embedded(wh: str, rest: str) -> str | None:
@@ -177,6 +196,8 @@ def _embedded(wh: str, rest: str) -> str | None:
         rest = re.sub(r"^(?:much|many|\w+)\s+", "", rest)
     if match := re.match(rf"^({_BE})\s+(.*)$", rest, re.I):  # "what is X", as people do say
         return f"{match[2]} {match[1]}"
+    if wh in ("who", "what") and _is_finite(rest.partition(" ")[0]):
+        return _of_subject(wh, rest)
     if re.search(rf"\b{_BE}$", rest) or wh in ("where", "when", "what", "who"):
         return rest
     return None
@@ -204,7 +225,7 @@ def _of_subject(wh: str, rest: str) -> str | None:
         return f"the one who {rest} is" if rest else None
     words = rest.split()
     at = next((n for n, word in enumerate(words) if _is_finite(word)), None)
-    if wh not in ("what", "which") or at is None or at > 3:
+    if wh not in ("what", "which") or at is None or at > 3 or words[0].lower() in _PREPOSITIONS:
         return None
     return f"the {' '.join(words[:at])} that {' '.join(words[at:])} is" if at else f"what {rest} is"
 
@@ -216,6 +237,10 @@ def _is_finite(word: str) -> bool:
 
 def _with_be(wh: str, noun: str, be: str, after: str, prep: str) -> str | None:
     words = after.split()
+    if words[0].lower() in _PRONOUNS:  # "what are you doing", "where is it"
+        return None if noun or wh == "who" else " ".join([words[0], be, *words[1:]])
+    if words[-1].lower() == "like" or (not noun and words[0].lower() == "of"):
+        return None
     quantity = wh == "how" and noun.split()[:1] in (["many"], ["much"])
     if quantity:
         thing = " ".join(noun.split()[1:])
@@ -229,7 +254,8 @@ def _with_be(wh: str, noun: str, be: str, after: str, prep: str) -> str | None:
     if wh == "how" and noun and noun.split()[-1].lower() not in _DEGREES:
         return None
     if wh == "why":
-        return f"{_aux_inside(words, be) or f'{after} {be}'} because"
+        inside = _aux_inside(words, be)
+        return f"{inside} because" if inside else None
     if wh == "when":
         return f"{_aux_inside(words, be) or f'{after} {be}'} on" if _splits(words) else f"the date of {after} {be}"
     inside = _aux_inside(words, be)

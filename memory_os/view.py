@@ -57,6 +57,7 @@ class View:
         self.upto, self.clock = upto, clock
         self._breadth = breadth
         self._state = state
+        self._epoch = state.epoch
         self._offered: dict[str, Candidate] = {}
         self._answers: dict[tuple[str, int], str] = {}
         self._summaries: dict[tuple[str, bool], str] = {}
@@ -177,7 +178,15 @@ class View:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self.parts.store, self.namespace, self._llm, self.parts.controller.name, self.query, self.notes)
+        return Scorer(
+            self.parts.store,
+            self.namespace,
+            self._llm,
+            self.query,
+            epoch=self._epoch,
+            controller=self.parts.controller.name,
+            notes=self.notes,
+        )
 
     @staticmethod
     def _shown(window: Sequence[Segment]) -> str:

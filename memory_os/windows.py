@@ -6,18 +6,18 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-__all__ = ["sentences", "windows"]
+__all__ = ["sentences", "windows", "within"]
 
 T = TypeVar("T")
 
 MAX_SENTENCE_CHARS = 2000
-"""A sentence that is longer is cut: at a clause, else between words, else anywhere."""
+"""A sentence that is longer is cut: at the end of a line, else at a clause, else between words, else anywhere."""
 
 # after a stop and the quotation marks behind it, but not after a title or an initial; and at the end of a paragraph
 _END = re.compile(
     r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?][”’\"')\]]*\s+|[。！？][”’」』]*\s*|\n[^\S\n]*\n\s*"
 )
-_CLAUSES = (re.compile(r"[,;:，；：、]\s*"), re.compile(r"\s+"))
+_CLAUSES = (re.compile(r"\n\s*"), re.compile(r"[,;:，；：、]\s*"), re.compile(r"\s+"))
 
 
 def sentences(blocks: Iterable[str]) -> Iterator[str]:
@@ -55,13 +55,29 @@ def _cut(sentence: str) -> Iterator[str]:
         yield sentence
 
 
-def _clause_end(sentence: str) -> int:
-    """Where to cut a sentence that is too long."""
+def _clause_end(sentence: str, limit: int = MAX_SENTENCE_CHARS) -> int:
+    """Where to cut a sentence of more than ``limit`` characters: in the second half of what they allow."""
     for separator in _CLAUSES:
-        ends = [match.end() for match in separator.finditer(sentence, 0, MAX_SENTENCE_CHARS)]
+        ends = [match.end() for match in separator.finditer(sentence, limit // 2, limit)]
         if ends:
             return ends[-1]
-    return MAX_SENTENCE_CHARS
+    return limit
+
+
+def within(sentence: str, count: Callable[[str], int], limit: int) -> Iterator[str]:
+    """A sentence in pieces of at most ``limit`` tokens, cut as a long one is; together they are the sentence.
+
+    >>> list(within("one two, three", lambda text: len(text.split()), 2))
+    ['one two, ', 'three']
+    """
+    n = count(sentence)
+    if n <= limit or len(sentence) < 2:
+        yield sentence
+        return
+    most = min(max(len(sentence) * limit // n, 1), len(sentence) - 1)
+    end = _clause_end(sentence, most)
+    yield from within(sentence[:end], count, limit)
+    yield from within(sentence[end:], count, limit)
 
 
 def windows(items: Iterable[T], cost: Callable[[T], int], size: int, overlap: int) -> Iterator[tuple[T, ...]]:

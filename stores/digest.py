@@ -29,7 +29,9 @@ __all__ = [
 ]
 
 MAX_SCORES = 200_000
-"""Scores kept in a namespace, the newest: some 30 MB, enough for a document of 80 million tokens."""
+"""Scores kept in a namespace, the newest, and a few more: some 30 MB, enough for a document of 80 million tokens."""
+SWEEP = 4096
+"""Every so many scores those over the limit go: to look for them takes as long as to skip the others."""
 
 
 def read_summaries(connection: sa.Connection, ns: int, ids: Sequence[str], method: str) -> dict[str, str]:
@@ -69,8 +71,8 @@ def read_scores(connection: sa.Connection, ns: int, keys: Sequence[str]) -> dict
     return found
 
 
-def put_scores(connection: sa.Connection, ns: int, values: Mapping[str, Any], *, limit: int = MAX_SCORES) -> None:
-    """Keep scores, replacing those with the same keys; of more than ``limit`` the oldest go."""
+def put_scores(connection: sa.Connection, ns: int, values: Mapping[str, Any]) -> None:
+    """Keep scores, replacing those with the same keys; of more than ``MAX_SCORES`` the oldest go, sooner or later."""
     rows = [{"namespace_id": ns, "key": key, "value": value} for key, value in values.items()]
     if not rows:
         return
@@ -78,7 +80,9 @@ def put_scores(connection: sa.Connection, ns: int, values: Mapping[str, Any], *,
     index = [scores.c.namespace_id, scores.c.key]
     connection.execute(new.on_conflict_do_update(index_elements=index, set_={"value": new.excluded.value}), rows)
     newest = select(scores.c.pk).where(scores.c.namespace_id == ns).order_by(scores.c.pk.desc())
-    last = connection.execute(newest.offset(limit).limit(1)).scalar_one_or_none()
+    if connection.execute(newest.limit(1)).scalar_one() % SWEEP >= len(rows):
+        return
+    last = connection.execute(newest.offset(MAX_SCORES).limit(1)).scalar_one_or_none()
     if last is not None:
         connection.execute(scores.delete().where(scores.c.namespace_id == ns, scores.c.pk <= last))
 

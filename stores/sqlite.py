@@ -496,11 +496,13 @@ class SqliteStore:
         with self.database.read() as connection:
             return digest.read_scores(connection, self._namespace_id(connection, namespace), keys)
 
-    def put_scores(self, namespace: Namespace, values: Mapping[str, Any]) -> None:
-        """Keep what an LLM made of texts, by key, as JSON."""
+    def put_scores(self, namespace: Namespace, values: Mapping[str, Any], *, epoch: int) -> None:
+        """Keep what an LLM made of texts, by key, as JSON; nothing if rows went away since ``epoch``."""
         with self.database.write() as connection:
             ns, _ = self._claim(connection, namespace)
-            digest.put_scores(connection, ns, values)
+            now = connection.execute(select(namespaces.c.epoch).where(namespaces.c.id == ns)).scalar_one()
+            if now == epoch:
+                digest.put_scores(connection, ns, values)
 
     # -- traces --------------------------------------------------------------------------------------------------
 

@@ -243,6 +243,7 @@ def test_readme_python_runs_as_shown(tmp_path: Path):
     program: list[str] = []
     for start, lines in blocks:
         program += [""] * (start - 1 - len(program)) + lines  # an error names the README's own line
+    (tmp_path / "notes.md").write_text("The key is under the red pot.", "utf-8")  # what it reads
     script = tmp_path / "README.py"
     script.write_text("\n".join(program) + "\n", "utf-8")
     done = subprocess.run(

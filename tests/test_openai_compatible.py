@@ -337,7 +337,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch):
     list(llm_of(server, api_key="sk-other").generate(ASK, max_tokens=9))
     list(llm_of(server, api_key="").generate(ASK, max_tokens=9))
     assert [h.get("Authorization") for _, _, h in server.seen] == [f"Bearer {KEY}", "Bearer sk-other", None]
-    assert KEY not in repr(from_env) + from_env.fingerprint + "".join(from_env.notes)
+    assert KEY not in repr(from_env) + from_env.fingerprint() + "".join(from_env.notes)
     with pytest.raises(ConfigError, match="copy it again") as caught:
         llm_of(server, api_key="sk-\nbroken")
     assert "broken" not in str(caught.value)
@@ -575,7 +575,7 @@ def test_a_reading_is_tried_again(server):
 
 def test_the_fingerprint_tells_readings_apart():
     made = [
-        OpenAICompatibleLLM(url, model, api_key=KEY, top_n=n).fingerprint
+        OpenAICompatibleLLM(url, model, api_key=KEY, top_n=n).fingerprint()
         for url, model, n in [
             ("http://a:1/v1", "m", None),
             ("http://a:2/v1", "m", None),
@@ -585,7 +585,7 @@ def test_the_fingerprint_tells_readings_apart():
         ]
     ]
     assert len(set(made)) == 5
-    assert OpenAICompatibleLLM("http://a:1/v1/", "m", top_n=20).fingerprint == made[0] == "a:1/v1#m:20"
+    assert OpenAICompatibleLLM("http://a:1/v1/", "m", top_n=20).fingerprint() == made[0] == "a:1/v1#m:20"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """XL3M: exact entropies, what is chosen and in which order, answer stems, and what is read only once."""
 
+import asyncio
 import io
 import math
 import re
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from memory_os import CapabilityError, ConfigError, InvalidInputError, LLMError, Memory, NewSegment
+from memory_os import AsyncMemory, CapabilityError, ConfigError, InvalidInputError, LLMError, Memory, NewSegment
 from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM, WordCounter
 from memory_os.benchmarks import needle
@@ -19,6 +20,7 @@ from memory_os.errors import BudgetError
 from memory_os.lexical import query_terms, terms_of
 from memory_os.protocols import Reading
 from memory_os.stem import by_rules, read_stem
+from memory_os.stores import digest
 from memory_os.types import Action, Certainty, Form, Reason
 from memory_os.windows import sentences, windows
 
@@ -42,7 +44,10 @@ def entropy_by_hand(mass):
 class TableLLM(ScriptedLLM):
     """Reads by a rule from a segment's text to log-probabilities, and remembers what it was given."""
 
-    fingerprint = "table 1"
+    version = 1
+
+    def fingerprint(self):
+        return f"table {self.version}"
 
     def __init__(self, rule, reply="Noted.", *, complete=True, **options):
         super().__init__(reply if callable(reply) else lambda messages: reply, **options)
@@ -178,7 +183,7 @@ def test_an_endless_sentence_is_cut_and_nothing_of_it_is_lost():
         ("What area was hit by a flood?", "The area that was hit by a flood is"),
         ("Which town won the rowing cup?", "The town that won the rowing cup is"),
         ("Why did he sell the boat?", "He sold the boat because"),
-        ("Hi! Do you remember where I put my keys?", "I put your keys"),
+        ("Hi! Do you remember where I put my keys?", "You put your keys"),
         ("I like tea. What does Ann drink?", "Ann drinks"),
         ("他把钥匙放在哪里？", "他把钥匙放在"),
         ("谁画了公爵夫人的肖像？", "画了公爵夫人的肖像的人是"),
@@ -377,7 +382,7 @@ def test_scores_are_kept_by_question_text_and_model_and_go_with_what_is_forgotte
         assert len(llm.read_texts) == 8
         assert scope.context(QUESTION, budget=400).text == before.text
         assert len(llm.read_texts) == 8
-        llm.fingerprint = "table 2"
+        llm.version = 2
         scope.context(QUESTION, budget=400)
         assert len(llm.read_texts) == 16
         assert memory.namespace("b").stats()["scores"] == 0
@@ -503,8 +508,77 @@ def test_a_text_longer_than_the_window_is_scored_by_its_best_part(tmp_path):
         scope.add("Nothing to see here. " * 300 + "The code is brass. " + "Nothing at all. " * 300)
         scope.add("cellar code")
         context = scope.context(QUESTION, budget=400)
-    assert max(llm.count_text(text) for text in llm.read_texts) <= 900 - 256
+    assert max(llm.count_text(text) for text in llm.read_texts) <= 900 - 128
     assert context.ledger[0].seq == 1
+
+
+def test_a_text_without_any_sentence_fits_the_window_too(tmp_path):
+    llm = TableLLM(certain_of("brass"), context_window=400)
+    with opened(tmp_path / "m.db", llm, Xl3mController(k=1)) as memory:
+        memory.namespace("a").add(" ".join(f"word{number}" for number in range(3000)))
+        memory.namespace("a").context(QUESTION, budget=400)
+    assert max(llm.count_text(text) for text in llm.read_texts) <= 400 - 128
+    assert 10 < len(llm.read_texts) < 25
+
+
+def test_what_a_model_that_failed_did_not_say_is_asked_again(tmp_path):
+    failing = TableLLM(certain_of("cellar"), [LLMError("x", "down")].pop)
+    question = "Something about the cellar, please"  # no form that the rules know
+    with opened(tmp_path / "m.db", failing) as memory:
+        stored(memory.namespace("a"), 3)
+        assert "confidence=low" in " ".join(memory.namespace("a").context(question).trace.notes)
+    well = TableLLM(certain_of("cellar"), "The cellar is")
+    with opened(tmp_path / "m.db", well) as memory:
+        memory.namespace("a").context(question)
+    assert well.stems == {"The cellar is"}
+
+
+def test_the_likelihood_of_the_question_needs_no_stem(tmp_path):
+    llm = QuestionTableLLM(certain_of("cellar"))
+    with opened(tmp_path / "m.db", llm, Xl3mController(score="question_nll")) as memory:
+        stored(memory.namespace("a"), 3)
+        context = memory.namespace("a").context("Something about the cellar, please")
+    assert llm.stems == {""}
+    assert not llm.calls
+    assert not context.calls
+
+
+def test_what_recall_offers_beyond_the_shortlist_follows(tmp_path):
+    llm = TableLLM(certain_of("cellar"))
+    with opened(tmp_path / "m.db", llm, Xl3mController(shortlist=5)) as memory:
+        stored(memory.namespace("a"), 40, n3="the code of the cellar is brass")
+        context = memory.namespace("a").context(QUESTION, budget=400)
+    assert len(llm.read_texts) == 5
+    assert len(context.segments) > 20
+    assert context.n_tokens <= 400
+
+
+def test_nothing_is_kept_of_what_was_forgotten_meanwhile(tmp_path):
+    llm = TableLLM(lambda text: memory.namespace("a").forget(everything=True) and UNIFORM)
+    with opened(tmp_path / "m.db", llm) as memory:
+        stored(memory.namespace("a"), 3)
+        memory.namespace("a").context(QUESTION)
+        assert memory.namespace("a").stats()["scores"] == 0
+
+
+def test_probabilities_that_are_no_numbers_are_an_error_and_not_kept(tmp_path):
+    llm = TableLLM(lambda text: np.full(VOCABULARY, np.nan, dtype=np.float32))
+    with opened(tmp_path / "m.db", llm) as memory:
+        stored(memory.namespace("a"), 3)
+        with pytest.raises(LLMError, match="another dtype"):
+            memory.namespace("a").context(QUESTION)
+        assert memory.namespace("a").stats()["scores"] == 0
+
+
+def test_the_oldest_scores_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(digest, "MAX_SCORES", 20)
+    monkeypatch.setattr(digest, "SWEEP", 10)
+    with opened(tmp_path / "m.db", TableLLM(certain_of("x"))) as memory:
+        store = memory.parts.store
+        for number in range(60):
+            store.put_scores(("a",), {f"k{number}": number}, epoch=0)
+            assert memory.namespace("a").stats()["scores"] <= 30
+        assert store.read_scores(("a",), ["k0", "k59"]) == {"k59": 59}
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------
@@ -575,6 +649,48 @@ def as_fields(segment):
     return {name: getattr(segment, name) for name in segment.__slots__}
 
 
+@pytest.mark.parametrize(("k", "budget", "size"), [(1, 200, 100), (3, 200, 100), (None, 150, 512), (None, 300, 64)])
+def test_the_best_window_is_never_cut(tmp_path, k, budget, size):
+    """Its neighbours, which repeat its sentence at a cut, are not joined to it where that would be too long."""
+    turns = [f"Line {number} of the log says nothing much." for number in range(120)]
+    turns[57] = "Line 57 has the brass code."
+    (tmp_path / "log.txt").write_text("\n".join(turns), "utf-8")
+    llm = TableLLM(certain_of("brass"))
+    with opened(tmp_path / "m.db", llm) as memory:
+        options = {"k": k, "segment_tokens": size, "overlap": size // 3}
+        reply = memory.namespace("a").read(tmp_path / "log.txt", QUESTION, budget=budget, options=options)
+        assert "Line 57 has the brass code." in reply.context.text
+        assert reply.context.n_tokens <= budget
+        assert max(llm.count_text(text) for text in llm.read_texts) <= size
+
+
+def test_a_cancelled_reading_stops(tmp_path):
+    (tmp_path / "log.txt").write_text("One more sentence of the log. " * 3000, "utf-8")
+    llm = TableLLM(certain_of("brass"))
+
+    async def work():
+        async with AsyncMemory.open(
+            tmp_path / "m.db", llm=llm, embedder=HashEmbedder(), tokenizer=WordCounter(), reply_tokens=50
+        ) as memory:
+            begun = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            reading = asyncio.create_task(
+                memory.namespace("a").read(
+                    tmp_path / "log.txt",
+                    QUESTION,
+                    progress=lambda *_: loop.call_soon_threadsafe(begun.set),
+                    options={"segment_tokens": 32, "overlap": 0},
+                )
+            )
+            await begun.wait()
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+    asyncio.run(work())
+    assert 0 < len(llm.read_texts) < 400  # of 600 windows
+
+
 def test_overlapping_windows_of_a_document_are_one_passage(tmp_path):
     llm = TableLLM(certain_of("brass"))
     with opened(tmp_path / "m.db", llm) as memory:
@@ -600,7 +716,12 @@ def test_any_text_can_be_read_and_passages_are_parts_of_it(tmp_path_factory, tex
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"", "nothing in it to read"), (b"a\x00b", "not text"), (b"caf\xe9 au lait", "not UTF-8")],
+    [
+        (b"", "nothing in it to read"),
+        (b" \n\n ", "nothing in it to read"),
+        (b"a\x00b", "not text"),
+        (b"caf\xe9 au lait", "not UTF-8"),
+    ],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, problem):
     llm = TableLLM(lambda text: UNIFORM)
@@ -614,6 +735,8 @@ def test_what_is_no_text_is_refused(tmp_path, content, problem):
             memory.namespace("a").read(tmp_path / "file", QUESTION, budget=3)
         with pytest.raises(ConfigError, match="does not take these options"):
             memory.namespace("a").read(tmp_path / "file", QUESTION, options={"size": 3})
+        with pytest.raises(ConfigError, match="leave out the option mode"):
+            memory.namespace("a").read(tmp_path / "file", QUESTION, options={"mode": "rerank"})
         assert memory.namespace("a").stats()["scores"] == 0
     with (
         opened(tmp_path / "n.db", ScriptedLLM(["x"]), "auto") as memory,
