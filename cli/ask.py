@@ -36,7 +36,7 @@ def ask(
 
     Example: memos ask book.txt "What is the captain called?"
 
-    JSON: {"text", "passages": [{"start", "end", "entropy", "text"}], "notes", "account"}
+    JSON: {"text", "passages": [{"start", "end", "text", "window", and what it was scored by}], "notes", "account"}
     """
     flags = {"store": store, "namespace": namespace, "llm": llm, "budget": budget}
     options = {"score": score, "segment_tokens": segment_tokens, "overlap": overlap, "k": k, "stem": stem}

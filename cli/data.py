@@ -196,7 +196,7 @@ def forget(
 
     Example: memos forget 12 13
 
-    JSON: counts by place: segments, vectors, lexical, pending, traces.
+    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces.
     """
     named = refs or []
     if sum([bool(named), whole_session is not None, everything]) != 1:

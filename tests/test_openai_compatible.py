@@ -505,6 +505,16 @@ def test_a_server_without_probabilities_lacks_a_capability(server, logprobs):
         list(llm_of(server).read(["a"], "Who?", ""))
 
 
+CHAT_ONLY = "This is a chat model and not supported in the v1/completions endpoint. Did you mean v1/chat/completions?"
+
+
+@pytest.mark.parametrize("refusal", [(404, {"error": {"message": CHAT_ONLY}}), (405, {}), (501, {})])
+def test_a_server_that_only_chats_lacks_a_capability(server, refusal):
+    server.refuse = [refusal] * 3
+    with pytest.raises(CapabilityError, match="HuggingFaceLLM is one"):
+        list(llm_of(server).read(["a", "b"], "Who?", ""))
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_probabilities_for_some_segments_only_are_an_error(server, batch_size):
     server.complete = answering(SURE, [])
