@@ -108,10 +108,11 @@ def print_xl3m(report: dict[str, Any], json: bool) -> None:
             out.print()
     if orders := report.get("rerank"):
         budgets = list(next(iter(orders.values())))
-        table = render.figures_table("evidence in the context, %", *budgets, "weight")
+        table = render.figures_table("evidence in the context, % (95 % of the gain over recall)", *budgets, "weight")
         for name, figure in orders.items():
             weights = " ".join(f"{figure[budget]['weight']:.2g}" for budget in budgets if "weight" in figure[budget])
-            table.add_row(name, *(f"{figure[budget]['recall']:.1f}" for budget in budgets), weights)
+            beside = (f"{f['recall']:.1f} ({f['low']:+.1f} to {f['high']:+.1f})" for f in map(figure.get, budgets))
+            table.add_row(name, *beside, weights)
         out.print(table)
         out.print()
     if told := report.get("document"):
