@@ -20,7 +20,9 @@ def ask(
     question: Annotated[str, typer.Argument(help="What is to be found in it.")],
     score: Annotated[str, typer.Option("--score", help="entropy (the paper's), question_nll or hybrid.")] = "entropy",
     segment_tokens: Annotated[int, typer.Option("--segment-tokens", help="Most tokens of a segment.")] = 512,
-    overlap: Annotated[int, typer.Option("--overlap", help="Most tokens that neighbours share.")] = 64,
+    overlap: Annotated[
+        int | None, typer.Option("--overlap", help="Most tokens that neighbours share; by default an eighth.")
+    ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Segments to keep; by default what the budget holds.")] = None,
     stem: Annotated[str, typer.Option("--stem", help="Who begins the answer: auto, rules, llm or none.")] = "auto",
     show: Annotated[bool, typer.Option("--show", help="Also print the passages that the answer rests on.")] = False,

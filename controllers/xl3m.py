@@ -42,7 +42,8 @@ class Xl3mController:
     :param k: how many segments (windows, in a scan) to activate; by default as many as the budget has room for.
     :param shortlist: how many of recall's candidates are read; the others come after them, as recall ranks them.
     :param segment_tokens: most tokens of a window, in the LLM's tokens; fewer where the budget has no room for them.
-    :param overlap: most tokens that neighbouring windows share, so that what stands at a cut stands whole in one.
+    :param overlap: most tokens that neighbouring windows share, so that what stands at a cut stands whole in one; by
+        default an eighth of ``segment_tokens``.
     :param stem: who makes the beginning of the answer: ``"rules"``, ``"llm"``, ``"auto"`` (the LLM where the rules do
         not know the question's form), or ``"none"``, with which entropy was no better than chance.
     """
@@ -52,7 +53,7 @@ class Xl3mController:
     k: int | None = None
     shortlist: int = 40
     segment_tokens: int = 512
-    overlap: int = 64
+    overlap: int | None = None
     stem: Stem = "auto"
     name: str = "xl3m"
 
@@ -70,7 +71,7 @@ class Xl3mController:
             raise ConfigError(f"xl3m: k must be at least 1 segment, not {self.k}")
         if self.shortlist < 1 or self.segment_tokens < 1:
             raise ConfigError("xl3m: shortlist and segment_tokens must be at least 1")
-        if not 0 <= self.overlap < self.segment_tokens:
+        if self.overlap is not None and not 0 <= self.overlap < self.segment_tokens:
             raise ConfigError(
                 f"xl3m: overlap must be at least 0 and less than segment_tokens ({self.segment_tokens}), "
                 f"not {self.overlap}"
@@ -109,7 +110,8 @@ class Xl3mController:
         k = self.k or max(budget // (size + WRAPPER), 1)
         best: list[tuple[float, int, Window, Certainty]] = []
         n, low, high = 0, math.inf, -math.inf
-        windows = memory.windows(size, min(self.overlap, size - 1))
+        overlap = self.segment_tokens // 8 if self.overlap is None else self.overlap
+        windows = memory.windows(size, min(overlap, size - 1))
         stem: str | None = None
         while batch := list(islice(windows, BATCH)):
             stem = self._stem(memory) if stem is None else stem
