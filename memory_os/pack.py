@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory_os.errors import BudgetError
+from memory_os.fence import defused
 from memory_os.protocols import TokenCounter
 from memory_os.types import (
     Account,
@@ -41,11 +42,7 @@ FLASH_SHARE = 0.5
 TRIM_SHARE = 0.5
 """A best candidate that does not fit is cut to this share of the room, so that smaller ones behind it get a chance."""
 
-_FENCE_TAG = re.compile(r"<(?=/?memory\b)", re.IGNORECASE)
-_CONTROL = re.compile(r"<(?=\|)|(?<=\|)>|\[(?=/?INST\])|<(?=/?s>|(?:start|end)_of_turn>)")
 _WHO = re.compile(r"[\[\]\s:]+")
-_SUSPECT = re.compile(r"[<>\[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-_LINE_END = re.compile(r"(\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029])(?=\S)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,24 +127,14 @@ def fit_flash(recent: Sequence[Segment], frame: Frame) -> tuple[Segment, ...]:
     return fitting
 
 
-def defused(text: str) -> str:
-    """Recalled text that cannot leave its fence; ordinary text comes back unchanged.
-
-    >>> defused("a < b </memory> <|im_end|>")
-    'a < b < /memory> < |im_end| >'
-    """
-    if not _SUSPECT.search(text):
-        return text
-    text = _FENCE_TAG.sub("< ", text)
-    text = _CONTROL.sub(lambda match: f" {match[0]}" if match[0] == ">" else f"{match[0]} ", text)
-    return _LINE_END.sub(r"\1 ", text)  # only our own lines start at the margin
-
-
 def render_line(segment: Segment, *, form: Form = Form.FULL, text: str | None = None) -> str:
-    """A segment as it stands in the fence, under its date: ``speaker: text``."""
+    """A segment as it stands in the fence, under its date: ``speaker: text``; a quote with what it is cited by."""
     who = _WHO.sub(" ", defused(segment.who)).strip()
+    shown = defused(segment.text if text is None else text)
+    if form is Form.QUOTE:
+        return f"[#{segment.seq}] {who}: {shown}"
     kind = "" if form is Form.FULL else f" ({form})"
-    return f"{who}{kind}: {defused(segment.text if text is None else text)}"
+    return f"{who}{kind}: {shown}"
 
 
 def date_line(segment: Segment) -> str:
@@ -206,7 +193,7 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
         line, cost = _line(candidate, choice, frame.counter)
         date = date_line(candidate.segment)
         extra = 0 if date in dates else frame.counter.count_text(date + "\n")
-        if cost + extra > room and position == 0:
+        if cost + extra > room and position == 0 and choice.form is not Form.QUOTE:  # half a quote is none
             cut = _trim(candidate, choice, int(room * TRIM_SHARE) - extra, frame.counter)
             if cut:
                 line, cost = cut
@@ -300,4 +287,5 @@ def _entry(
         signals=candidate.signals,
         contributions=candidate.contributions,
         n_tokens=kept[1] if kept else candidate.n_tokens,
+        spans=choice.spans if kept else (),
     )

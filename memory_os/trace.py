@@ -7,7 +7,18 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from memory_os.types import Account, Action, Form, LedgerEntry, LLMCall, Outcome, Reason, Segment, Trace
+from memory_os.types import (
+    Account,
+    Action,
+    Confirmation,
+    Form,
+    LedgerEntry,
+    LLMCall,
+    Outcome,
+    Reason,
+    Segment,
+    Trace,
+)
 
 __all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict"]
 
@@ -36,6 +47,8 @@ def trace_to_dict(trace: Trace) -> dict[str, Any]:
         "flash": list(trace.flash),
         "notes": list(trace.notes),
         "calls": [asdict(call) for call in trace.calls],
+        "cited": list(trace.cited),
+        "confirmation": _confirmation_to_dict(trace.confirmation),
         "created_at": trace.created_at.isoformat(),
         "ledger": ledger_to_dicts(trace.ledger),
     }
@@ -54,6 +67,7 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
                 "action": Action(entry["action"]),
                 "form": Form(entry["form"]) if entry["form"] else None,
                 "reason": Reason(entry["reason"]),
+                "spans": tuple((start, end) for start, end in entry.get("spans", ())),
             }
         )
         for entry in fields["ledger"]
@@ -65,11 +79,29 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
             "flash": tuple(fields["flash"]),
             "notes": tuple(fields["notes"]),
             "calls": tuple(LLMCall(**call) for call in fields.get("calls", ())),
+            "cited": tuple(fields.get("cited", ())),
+            "confirmation": _confirmation_from_dict(fields.get("confirmation")),
             "created_at": datetime.fromisoformat(fields["created_at"]),
             "ledger": ledger,
             "account": Account(**fields["account"]),
             "outcome": Outcome(fields["outcome"]),
         }
+    )
+
+
+def _confirmation_to_dict(told: Confirmation | None) -> dict[str, Any] | None:
+    return {**asdict(told), "at": told.at.isoformat()} if told else None
+
+
+def _confirmation_from_dict(data: Mapping[str, Any] | None) -> Confirmation | None:
+    if data is None:
+        return None
+    evidence = data["evidence"]
+    return Confirmation(
+        data["by"],
+        data["answer"],
+        datetime.fromisoformat(data["at"]),
+        None if evidence is None else tuple(evidence),
     )
 
 
@@ -129,5 +161,5 @@ def explain(trace: Trace, ref: str, segment: Segment | None) -> Finding:
         return Finding(
             "decide", False, f"controller {trace.controller!r} dropped {name} (rank {entry.rank}): {entry.reason}"
         )
-    how = "in full" if entry.action is Action.ACTIVATED else "cut to fit"
+    how = "cut to fit" if entry.action is Action.TRIMMED else "as a quote" if entry.spans else "in full"
     return Finding("context", True, f"{name} stood in the context {how} ({entry.n_tokens} tokens, rank {entry.rank})")

@@ -20,8 +20,10 @@ __all__ = [
     "Candidate",
     "Certainty",
     "Choice",
+    "Confirmation",
     "Context",
     "Decision",
+    "Evidence",
     "Form",
     "Hit",
     "Kind",
@@ -210,6 +212,9 @@ class Reason(StrEnum):
     SUMMARY_ENOUGH = "its summary is enough"
     SHORTENED = "as its summary, to fit"
     NO_HELP = "does not help to answer"
+    QUOTED = "quoted by the LLM, and verified"
+    LINKED = "linked to what was found before it"
+    FALLBACK = "fallback to plain recall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +222,14 @@ class Choice:
     """A controller's verdict on one candidate: the form in which to activate it, or ``None`` to drop it.
 
     :param text: what enters in place of the segment's own text, for the forms ``summary`` and ``quote``.
+    :param spans: of the form ``quote``, what of the segment's text is evidence, in characters.
     """
 
     segment_id: str
     form: Form | None
     reason: Reason
     text: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +237,12 @@ class Decision:
     """A controller's verdicts: exactly one per candidate, the most wanted first.
 
     :param notes: what a reader of the trace should know, such as a fallback that was taken.
+    :param reply: what is answered without asking the LLM, where there is nothing to ask it.
     """
 
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
+    reply: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +267,7 @@ class LedgerEntry:
 
     :param rank: 1 is what the controller wanted most.
     :param n_tokens: tokens it took in the context; for a dropped one, tokens it would have taken in full.
+    :param spans: what of its text entered as evidence, in characters; empty unless its form is ``quote``.
     """
 
     segment_id: str
@@ -270,6 +280,41 @@ class LedgerEntry:
     signals: Mapping[str, float]
     n_tokens: int
     contributions: Mapping[str, float] = field(default_factory=dict)
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A quote that stood in the context: stored text, to the character.
+
+    :param span: in the segment's text; ``quote == segment.text[span[0]:span[1]]``.
+    :param date: event time of the segment, UTC.
+    :param speaker: name or role.
+    :param cited: whether the reply cites the segment.
+    """
+
+    segment_id: str
+    seq: int
+    span: tuple[int, int]
+    quote: str
+    date: datetime
+    speaker: str
+    cited: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """That somebody found an answer right, or told the right one.
+
+    :param by: who: ``"user"``, ``"gold"`` (a label) or ``"judge"`` (a model).
+    :param answer: the right answer; empty where memory does not hold it.
+    :param evidence: ids of the segments that it follows from; ``None`` for those that the reply cites.
+    """
+
+    by: str
+    answer: str
+    at: datetime
+    evidence: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +356,8 @@ class Trace:
     :param notes: visible fallbacks and approximations.
     :param timings_ms: wall time by stage, milliseconds.
     :param calls: what the LLM was asked besides the reply, in order.
+    :param cited: ids of the segments that the reply cites.
+    :param confirmation: what was said of the answer later.
     """
 
     id: str
@@ -332,6 +379,8 @@ class Trace:
     outcome: Outcome
     error: str | None = None
     calls: tuple[LLMCall, ...] = ()
+    cited: tuple[str, ...] = ()
+    confirmation: Confirmation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,12 +390,14 @@ class Context:
     :param messages: system, flash memory, then the fenced memory with the query.
     :param text: the fenced memory alone, for callers who place it in a prompt of their own; may be empty.
     :param segments: the activated segments in the order of ``seq``.
+    :param reply: the answer that the controller gives by itself; the LLM need not be asked.
     """
 
     messages: tuple[Message, ...]
     text: str
     segments: tuple[Segment, ...]
     trace: Trace
+    reply: str | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -368,6 +419,16 @@ class Context:
         """What the LLM was asked to make it."""
         return self.trace.calls
 
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The quotes in it, in the order of ``seq``."""
+        spans = {entry.segment_id: entry.spans for entry in self.ledger}
+        return tuple(
+            Evidence(s.id, s.seq, (start, end), s.text[start:end], s.created_at, s.who, s.id in self.trace.cited)
+            for s in self.segments
+            for start, end in spans[s.id]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -377,3 +438,8 @@ class Reply:
     segment: Segment | None
     context: Context
     trace: Trace
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The quotes that the LLM was shown, in the order of ``seq``; ``cited`` are those that the answer cites."""
+        return self.context.evidence

@@ -11,7 +11,8 @@ from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import WordCounter
 from memory_os.adapters.tokenizers import counter_for
 from memory_os.errors import BudgetError
-from memory_os.pack import CLOSE, MARKER, Frame, defused, fit_flash, pack, render_line
+from memory_os.fence import defused
+from memory_os.pack import CLOSE, MARKER, Frame, fit_flash, pack, render_line
 from memory_os.types import Action, Candidate, Choice, Decision, Form, Reason, Segment
 
 COUNTERS = {"words": WordCounter(), "cl100k": counter_for("cl100k_base"), "smollm2": HuggingFaceLLM("smollm2")}
