@@ -166,6 +166,10 @@ class HuggingFaceLLM:
 
     # -- what it expects (XL3M) ------------------------------------------------------------------------------------
 
+    def n_parameters(self) -> int:
+        """How many parameters the model has; it is loaded for this."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def fingerprint(self) -> str:
         """Changes with the weights and the dtype, as far as they can be told apart; loads the model."""
         fingerprint: str = self._once("fingerprint", self._read_fingerprint)

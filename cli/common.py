@@ -48,7 +48,8 @@ Embedder = Annotated[
 ]
 Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
 Controller = Annotated[
-    str | None, typer.Option("--controller", help="What decides: auto, recency, scm, xl3m.", rich_help_panel="Settings")
+    str | None,
+    typer.Option("--controller", help="What decides: auto, scm, xl3m, alr2, recency.", rich_help_panel="Settings"),
 ]
 Tokenizer = Annotated[
     str | None,

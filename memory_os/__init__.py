@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memory_os.aio import AsyncMemory, AsyncScope
+    from memory_os.controllers.alr2 import Alr2Controller
     from memory_os.controllers.scm import ScmController
     from memory_os.controllers.xl3m import Xl3mController
     from memory_os.errors import (
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from memory_os.memory import Memory, Scope
-    from memory_os.types import Context, Hit, NewSegment, Reply, Segment, Trace
+    from memory_os.types import Context, Evidence, Hit, NewSegment, Reply, Segment, Trace
 
 __all__ = [
+    "Alr2Controller",
     "AsyncMemory",
     "AsyncScope",
     "BudgetError",
     "CapabilityError",
     "ConfigError",
     "Context",
+    "Evidence",
     "Hit",
     "InvalidInputError",
     "LLMError",
@@ -57,10 +60,11 @@ __all__ = [
 
 _HOMES = {
     "aio": ("AsyncMemory", "AsyncScope"),
+    "controllers.alr2": ("Alr2Controller",),
     "controllers.scm": ("ScmController",),
     "controllers.xl3m": ("Xl3mController",),
     "memory": ("Memory", "Scope"),
-    "types": ("Context", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
+    "types": ("Context", "Evidence", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
 }
 
 

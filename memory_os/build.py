@@ -68,6 +68,12 @@ def _xl3m_scan(options: Mapping[str, Any]) -> Controller:
     return Xl3mController.scan(**options)
 
 
+def _alr2(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.alr2 import Alr2Controller
+
+    return Alr2Controller(**options)
+
+
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
 
@@ -94,9 +100,9 @@ def _hash() -> Embedder:
 
 CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
     "auto": _auto, "recency": _recency, "scm": _scm, "scm-paper": _scm_paper, "scm-repo": _scm_repo,
-    "xl3m": _xl3m, "xl3m-scan": _xl3m_scan,
+    "xl3m": _xl3m, "xl3m-scan": _xl3m_scan, "alr2": _alr2,
 }  # fmt: skip
-ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan")
+ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2")
 """Controllers that use the LLM, where there is one, before it replies."""
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "CachingLLM",
+    "CitingController",
     "Controller",
     "Embedder",
     "FlashController",
@@ -37,6 +38,7 @@ __all__ = [
     "Reading",
     "RecordStore",
     "ScoringLLM",
+    "SizedLLM",
     "State",
     "StructuredLLM",
     "SummarizingController",
@@ -91,6 +93,14 @@ class StructuredLLM(LLM, Protocol):
         :param schema: a JSON schema whose top is an object, with a ``title``.
         :raises CapabilityError: if this model, or the server behind it, turns out not to offer it.
         """
+
+
+@runtime_checkable
+class SizedLLM(LLM, Protocol):
+    """An LLM that tells how large it is."""
+
+    def n_parameters(self) -> int:
+        """How many parameters it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,11 +449,26 @@ class MemoryView(Protocol):
     def cost_of_dates(self, segments: Sequence[Segment]) -> int:
         """Tokens of the lines with the dates of these segments."""
 
-    def ask(self, purpose: str, prompt: str, *, max_tokens: int, read: Callable[[str], str]) -> str:
+    def search(self, query: str, k: int) -> Sequence[Candidate]:
+        """What recall finds for another query, best first, outside flash memory; each then needs a verdict."""
+
+    def similarities(self, texts: Sequence[str]) -> Sequence[float]:
+        """How near each text is to the query: the cosine of their embeddings."""
+
+    def ask(
+        self,
+        purpose: str,
+        prompt: str,
+        *,
+        max_tokens: int,
+        read: Callable[[str], str],
+        schema: Mapping[str, Any] | None = None,
+    ) -> str:
         """Ask the LLM and give back its answer as ``read`` reads it; asked once a turn, and noted in the trace.
 
         The answer of a model that fails is empty, and the trace says so.
 
+        :param schema: of the answer, for models that can be held to one; others are asked without.
         :raises CapabilityError: if there is no LLM.
         """
 
@@ -500,6 +525,14 @@ class FlashController(Protocol):
 
     def flash(self, recent: Sequence[Segment], memory: MemoryView) -> Sequence[Segment]:
         """Of the session's latest segments those to keep in context, in order; a text may be its summary."""
+
+
+@runtime_checkable
+class CitingController(Protocol):
+    """A controller whose quotes are to be cited: citations of anything else are taken out of the reply."""
+
+    def instruction(self, query: str) -> str:
+        """What is added to the system prompt: how to answer from the quotes, and how to cite them."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import uuid_utils
 
 from memory_os.backlog import Backlog
+from memory_os.citations import Citations
 from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
 from memory_os.pack import Frame, fit_flash, pack, render_line, room_for_lines
 from memory_os.protocols import (
     LLM,
+    CitingController,
     Controller,
     Embedder,
     FlashController,
@@ -142,7 +144,7 @@ def prepare(
     :raises BudgetError: if system prompt, query and wrappers alone are over the budget.
     """
     clock = clock or Clock()
-    frame = Frame(parts.options.system, query, parts.counter, budget, reply_reserve, tools)
+    frame = Frame(_system(parts, query), query, parts.counter, budget, reply_reserve, tools)
     fixed = frame.check()
     state = parts.store.state(namespace, parts.embedder.fingerprint)
     upto = asked.seq - 1 if asked else state.last_seq
@@ -205,7 +207,14 @@ def compose(
         outcome=Outcome.CONTEXT,
         calls=tuple(memory.calls),
     )
-    return Context(packed.messages, packed.text, packed.segments, trace)
+    return Context(packed.messages, packed.text, packed.segments, trace, decision.reply)
+
+
+def _system(parts: Parts, query: str) -> str:
+    """The system prompt, with what the controller adds to it."""
+    if not isinstance(parts.controller, CitingController):
+        return parts.options.system
+    return f"{parts.options.system}\n\n{parts.controller.instruction(query)}".strip()
 
 
 def _breadth(budget: int) -> int:
@@ -241,7 +250,7 @@ def run_turn(
             'chat needs an LLM: open the memory with llm="smollm2", "URL#MODEL", "provider:model" or an object'
         )
     limit = min(parts.options.budget if budget is None else budget, llm.context_window - reply_tokens)
-    Frame(parts.options.system, query, parts.counter, limit).check()
+    Frame(_system(parts, query), query, parts.counter, limit).check()
     if parts.backlog:
         parts.backlog.pause()
     clock = Clock()
@@ -259,9 +268,15 @@ def run_turn(
     pieces: list[str] = []
     outcome, error = Outcome.INTERRUPTED, None
     said: Segment | None = None
-    speaking = llm.generate(context.messages, max_tokens=reply_tokens, stop=stop)
+    citations = Citations({s.seq: s.id for s in context.segments})
+    speaking: Iterator[str]
+    if context.reply is None:
+        speaking = llm.generate(context.messages, max_tokens=reply_tokens, stop=stop)
+    else:  # the controller has found that there is nothing to ask the LLM
+        speaking = iter([context.reply])
+    checked = citations.check(speaking) if isinstance(parts.controller, CitingController) else speaking
     try:
-        for piece in speaking:
+        for piece in checked:
             pieces.append(piece)
             yield piece
         outcome = Outcome.ANSWERED
@@ -280,7 +295,13 @@ def run_turn(
             [said] = parts.store.append(namespace, [reply])
         clock.lap("record")
         trace = replace(
-            context.trace, reply_id=said.id if said else None, outcome=outcome, error=error, timings_ms=clock.timings
+            context.trace,
+            reply_id=said.id if said else None,
+            outcome=outcome,
+            error=error,
+            timings_ms=clock.timings,
+            cited=citations.cited,
+            notes=(*context.trace.notes, *citations.notes),
         )
         parts.store.save_trace(trace)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memory_os import turn_summary
 from memory_os.archive import Archive, read_archive
@@ -78,24 +78,42 @@ class View:
     @cached_property
     def candidates(self) -> Sequence[Candidate]:
         """What recall offers, best first."""
+        found = self._recalled(self.query, self._breadth)
+        self._offered = {candidate.segment.id: candidate for candidate in found} | self._offered
+        return found
+
+    def search(self, query: str, k: int) -> Sequence[Candidate]:
+        """What recall finds for another query, best first."""
+        found = self._recalled(query, k)
+        self._offered |= {each.segment.id: each for each in found if each.segment.id not in self._offered}
+        return found
+
+    def similarities(self, texts: Sequence[str]) -> Sequence[float]:
+        """How near each text is to the query."""
+        if not texts:
+            return []
+        embedder = self.parts.embedder
+        cosines: list[float] = (embedder.embed_documents(texts) @ embedder.embed_query(self.query)).tolist()
+        return cosines
+
+    def _recalled(self, query: str, k: int) -> list[Candidate]:
         self.clock.lap("decide")
         recalled = self.parts.recall(
             self.namespace,
-            self.query,
-            k=self._breadth + len(self.flash),
+            query,
+            k=k + len(self.flash),
             upto=self.upto,
             now=self.now,
             per_token=True,
             state=self._ready(),
         )
-        self.notes += recalled.notes
+        self.notes += [note for note in recalled.notes if note not in self.notes]
         in_flash = {segment.id for segment in self.flash}
         found = [
             Candidate(hit.segment, hit.score, hit.signals, self.parts.price_of(hit.segment), hit.contributions)
             for hit in recalled.hits
             if hit.segment.id not in in_flash
         ]
-        self._offered = {candidate.segment.id: candidate for candidate in found} | self._offered
         self.clock.lap("recall")
         return found
 
@@ -152,10 +170,18 @@ class View:
 
     # -- what the LLM is asked -------------------------------------------------------------------------------------
 
-    def ask(self, purpose: str, prompt: str, *, max_tokens: int, read: Callable[[str], str]) -> str:
+    def ask(
+        self,
+        purpose: str,
+        prompt: str,
+        *,
+        max_tokens: int,
+        read: Callable[[str], str],
+        schema: Mapping[str, Any] | None = None,
+    ) -> str:
         """Ask the LLM and give back its answer as ``read`` reads it."""
         known = (prompt, max_tokens) in self._answers
-        answer = self._answer(purpose, prompt, max_tokens)
+        answer = self._answer(purpose, prompt, max_tokens, schema)
         verdict = read(answer)
         if not known:
             self._note_call(purpose, verdict, prompt, answer, answer)
@@ -227,14 +253,14 @@ class View:
             raise CapabilityError(self.parts.controller.name, "LLM", "llm='smollm2'")
         return self.llm
 
-    def _answer(self, purpose: str, prompt: str, max_tokens: int) -> str:
+    def _answer(self, purpose: str, prompt: str, max_tokens: int, schema: Mapping[str, Any] | None = None) -> str:
         known = self._answers.get((prompt, max_tokens))
         if known is None:
             self.clock.lap("decide")
             if self.parts.backlog:
                 self.parts.backlog.pause()
             try:
-                known = reply_to(self._llm, prompt, max_tokens=max_tokens)
+                known = reply_to(self._llm, prompt, max_tokens=max_tokens, schema=schema)
             except LLMError as error:
                 known = ""
                 self.notes.append(f"the LLM was asked for {purpose} and failed: {error.problem}")

@@ -20,7 +20,7 @@ FOLDERS = ("memory_os", "stores", "controllers", "adapters", "cli", "benchmarks"
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # What the middle folders may see of the core, and who may see more.
-VALUES = {"certainty", "types", "protocols", "errors", "lexical", "weights"}
+VALUES = {"certainty", "errors", "evidence", "fence", "lexical", "protocols", "quotes", "types", "weights"}
 EXCEPTIONS = {
     "stores/sqlite.py": {"trace"},  # traces to JSON and back
     "adapters/langchain.py": {"", "memory", "aio"},  # wraps the facade
