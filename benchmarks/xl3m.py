@@ -41,7 +41,7 @@ from memory_os.types import Action, Candidate, Certainty, Choice, Decision, Form
 from memory_os.view import View
 from memory_os.windows import windows
 
-__all__ = ["KINDS", "PARTS", "cost", "document", "ranking", "rerank"]
+__all__ = ["KINDS", "PARTS", "cost", "document", "ranking", "rerank", "with_sentence"]
 
 PARTS = ("ranking", "rerank", "document", "cost")
 
@@ -132,13 +132,13 @@ def _segments(book: Book, llm: HuggingFaceLLM, n: int, rng: random.Random) -> li
 def _planted(riddle: Riddle, kind: str, hosts: Sequence[str]) -> list[str]:
     """The segment with the fact, and those with decoys."""
     fact = riddle.veiled if kind == "paraphrased" else riddle.plain
-    own = [_with_sentence(hosts[0], fact)]
+    own = [with_sentence(hosts[0], fact)]
     if kind == "decoys":
-        own += [_with_sentence(host, decoy) for host, decoy in zip(hosts[1:], riddle.decoys, strict=True)]
+        own += [with_sentence(host, decoy) for host, decoy in zip(hosts[1:], riddle.decoys, strict=True)]
     return own
 
 
-def _with_sentence(host: str, sentence: str) -> str:
+def with_sentence(host: str, sentence: str) -> str:
     """The text with a sentence at the end of the sentence that is nearest to its middle."""
     ends = [match.end() for match in re.finditer(r"[.!?][”’\"')]*\s", host)]
     place = min(ends, key=lambda end: abs(end - len(host) / 2), default=len(host))

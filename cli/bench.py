@@ -191,6 +191,94 @@ def xl3m(
 
 
 @app.command()
+def alr2(
+    conversations: Annotated[
+        Path | None, typer.Option("--locomo", help="A file of LoCoMo's form; the project's own if left out.")
+    ] = None,
+    books: Annotated[
+        list[Path] | None, typer.Option("--data", help="English books as text files; the project's own if left out.")
+    ] = None,
+    parts: Annotated[str, typer.Option("--parts", help="With commas: locomo, planted.")] = "locomo,planted",
+    budget: Annotated[int, typer.Option("--budget", min=1, help="Tokens of a context.")] = 1024,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most questions of a conversation.")] = 40,
+    shortlist: Annotated[int, typer.Option("--shortlist", min=1, help="Turns that the LLM looks through.")] = 20,
+    extract_tokens: Annotated[int, typer.Option("--extract-tokens", min=16, help="Of an answer of it.")] = 192,
+    llm: Annotated[str, typer.Option("--llm", help="smollm2, hf:NAME, URL#MODEL or provider:model.")] = "smollm2",
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure how much of the evidence that an LLM quotes is invented, and what the verifier leaves of it.
+
+    Questions about LoCoMo's conversations, and about facts planted in a book beside sentences that only repeat them.
+
+    Example: memos bench alr2 --parts planted
+
+    JSON: by part: {system: {recall, quotes, invented, hallucination_rate, tokens, calls, fallback, n}}; llm.
+    """
+    from memory_os.benchmarks import alr2, locomo, measure, needle
+    from memory_os.build import make_embedder, make_llm
+    from memory_os.errors import InvalidInputError, UnknownNameError
+
+    wanted = words(parts)
+    for part in wanted:
+        if part not in alr2.PARTS:
+            raise UnknownNameError("part", part, alr2.PARTS)
+    sets: dict[str, list[measure.Conversation]] = {}
+    if "locomo" in wanted:
+        sets["locomo"] = locomo.read(conversations or measure.SHARED / "locomo_dev.json")[0]
+    if "planted" in wanted:
+        files = books or sorted(measure.SHARED.glob("*.txt"))
+        book = needle.books(files).get("en") if files else None
+        if book is None:
+            raise InvalidInputError("no English book given; name one with --data FILE")
+        sets["planted"] = [alr2.planted_facts(book)]
+    report: dict[str, Any] = {"llm": llm}
+    model, model_embedder = make_llm(llm), make_embedder(embedder)
+    options = {"shortlist": shortlist, "extract_tokens": extract_tokens}
+    with progress() as show:
+        for part, told in sets.items():
+            report[part] = alr2.evidence(
+                told, llm=model, budget=budget, options=options, embedder=model_embedder,
+                limit=limit if part == "locomo" else None, progress=show,
+            )  # fmt: skip
+    figures.print_evidence(report, json)
+
+
+@app.command()
+def atc(
+    links: Annotated[str, typer.Option("--links", help="Relations that an answer follows from.")] = "2,4,8",
+    budgets: Annotated[str, typer.Option("--budgets", help="Tokens of the contexts, with commas.")] = "256,512,1024",
+    n: Annotated[int, typer.Option("--traces", min=1, help="Traces of each number of links.")] = 20,
+    distractors: Annotated[int, typer.Option("--distractors", min=0, help="Turns that belong to no trace.")] = 200,
+    language: Annotated[str, typer.Option("--language", help="en or zh.")] = "en",
+    seed: Annotated[int, typer.Option("--seed", help="Of families and their places.")] = 0,
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure chains of evidence: ancestral traces, one relation a turn among others, asked about at the end.
+
+    Hops look up what each find leads to; a single search fills the same budget at once. No LLM takes part.
+
+    Example: memos bench atc --links 4,8 --budgets 512
+
+    JSON: {links: {budget: {system: {links, all (percent), tokens, n}}}}.
+    """
+    from memory_os.benchmarks import alr2, ancestors
+    from memory_os.build import make_embedder
+    from memory_os.errors import UnknownNameError
+
+    if language not in ancestors.LANGUAGES:
+        raise UnknownNameError("language", language, ancestors.LANGUAGES)
+    lengths, limits = numbers(links), numbers(budgets)
+    with progress() as show:
+        report = alr2.chains(
+            links=lengths, budgets=limits, n=n, n_distractors=distractors, language=language,
+            embedder=make_embedder(embedder), seed=seed, progress=show,
+        )  # fmt: skip
+    figures.print_chains(report, json)
+
+
+@app.command()
 def needle(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")

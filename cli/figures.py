@@ -9,7 +9,15 @@ from memory_os.cli import render
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["print_needles", "print_report", "print_speed", "print_systems", "print_xl3m"]
+__all__ = [
+    "print_chains",
+    "print_evidence",
+    "print_needles",
+    "print_report",
+    "print_speed",
+    "print_systems",
+    "print_xl3m",
+]
 
 
 def print_report(report: dict[str, Any], json: bool, title: str, names: dict[str, str]) -> None:
@@ -123,6 +131,39 @@ def print_xl3m(report: dict[str, Any], json: bool) -> None:
         for length, figure in lengths.items():
             table.add_row(length, *(str(value) for value in figure.values()))
         out.print(table)
+
+
+def print_evidence(report: dict[str, Any], json: bool) -> None:
+    """A table for each part of ``memos bench alr2``."""
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    for part, systems in report.items():
+        if part == "llm":
+            continue
+        columns = list(dict.fromkeys(column for figure in systems.values() for column in figure))
+        table = render.figures_table(part, *columns)
+        for name, figure in systems.items():
+            table.add_row(name, *(f"{figure[column]:.4g}" if column in figure else "" for column in columns))
+        out.print(table)
+        out.print()
+    out.print(f"LLM: {report['llm']}", markup=False)
+
+
+def print_chains(report: dict[str, Any], json: bool) -> None:
+    """A table for each budget of ``memos bench atc``: links found, and in brackets traces that are complete."""
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    for budget in next(iter(report.values())):
+        table = render.figures_table(f"{budget} tokens, % (complete)", *(f"{links} links" for links in report))
+        for system in next(iter(report.values()))[budget]:
+            cells = [figures[budget][system] for figures in report.values()]
+            table.add_row(system, *(f"{cell['links']:.1f} ({cell['all']:.0f})" for cell in cells))
+        out.print(table)
+        out.print()
 
 
 def print_needles(report: dict[str, Any]) -> None:

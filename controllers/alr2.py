@@ -7,7 +7,6 @@ cites them. A model that is too small to copy is not asked: sentences are then t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +29,7 @@ ABLE = 1_000_000_000
 MANY_INVENTED = 0.5
 """So large a share of rejected claims is answered by a second try."""
 RARE = 4
-"""A word that stands in at most so many of the segments that were looked at leads on to others."""
+"""A word that stands in at most so many of the segments leads on to them."""
 PER_HOP = 12
 """So many segments a hop looks at."""
 
@@ -133,13 +132,11 @@ class _Run:
         self.own, self.query, self.memory, self.by_llm = own, query, memory, by_llm
         self.found: Quotes = {}
         self.notes: list[str] = []
-        self._looked_at: dict[str, Segment] = {}
         self._looked_up = set[str]()
         self._leads = set(query_terms(query))  # words that may lead on
 
     def extract(self, shortlist: Sequence[Candidate]) -> None:
         """Take the evidence out of the shortlist."""
-        self._looked_at |= {candidate.segment.id: candidate.segment for candidate in shortlist}
         if self.by_llm:
             self._lead_on(self._ask(shortlist))
             return
@@ -240,13 +237,12 @@ class _Run:
 
     def hop(self) -> bool:
         """Look up the rare words of what was found last, or of the question; whether it led to anything."""
-        counts = Counter(term for segment in self._looked_at.values() for term in set(terms_of(segment.text)))
-        words = {word for word in self._leads - self._looked_up if counts[word] <= RARE}
+        counts = self.memory.frequencies(self._leads - self._looked_up)
+        words = {word for word, n in counts.items() if 0 < n <= RARE}
         if not words:
             return False
         self._looked_up |= words
         candidates = self.memory.search(" ".join(sorted(words)), PER_HOP)
-        self._looked_at |= {candidate.segment.id: candidate.segment for candidate in candidates}
         if self.by_llm:
             linked = self._ask([c for c in candidates if c.segment.id not in self.found])
         else:

@@ -452,6 +452,9 @@ class MemoryView(Protocol):
     def search(self, query: str, k: int) -> Sequence[Candidate]:
         """What recall finds for another query, best first, outside flash memory; each then needs a verdict."""
 
+    def frequencies(self, terms: Iterable[str]) -> Mapping[str, int]:
+        """In how many segments each term of the lexical index stands."""
+
     def similarities(self, texts: Sequence[str]) -> Sequence[float]:
         """How near each text is to the query: the cosine of their embeddings."""
 

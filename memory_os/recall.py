@@ -11,7 +11,7 @@ Clarke and Buettcher 2009): the sum over the rankings of ``1 / (60 + rank)``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING
@@ -151,6 +151,21 @@ class Recall:
         parts = s.contributions(signals, question.kinds, weights)
         scores = np.sum(list(parts.values()), axis=0)
         return Scored(corpus, ids, rows, signals, parts, scores, question)
+
+    def frequencies(
+        self, namespace: Namespace, terms: Iterable[str], *, upto: int | None, state: State
+    ) -> dict[str, int]:
+        """In how many segments each term of the lexical index stands.
+
+        Of a namespace too large to be kept in memory a count stops at ``SEARCH``.
+        """
+        if state.n_segments > MAX_SEGMENTS:
+            return {term: len(self.store.search(namespace, term, SEARCH, upto=upto)) for term in terms}
+        width = self.embedder.token_dimension if isinstance(self.embedder, TokenEmbedder) else 0
+        with self.corpora.lock:
+            corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
+            n = corpus.visible(upto)
+            return {term: len(corpus.postings(term, n)[0]) for term in terms}
 
     def _embedded(self, query: str) -> TokenQuery:
         if isinstance(self.embedder, TokenEmbedder):

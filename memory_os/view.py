@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
@@ -87,6 +87,10 @@ class View:
         found = self._recalled(query, k)
         self._offered |= {each.segment.id: each for each in found if each.segment.id not in self._offered}
         return found
+
+    def frequencies(self, terms: Iterable[str]) -> Mapping[str, int]:
+        """In how many segments each term of the lexical index stands."""
+        return self.parts.recall.frequencies(self.namespace, terms, upto=self.upto, state=self._ready())
 
     def similarities(self, texts: Sequence[str]) -> Sequence[float]:
         """How near each text is to the query."""

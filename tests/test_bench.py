@@ -8,7 +8,7 @@ import pytest
 
 from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
-from memory_os.benchmarks import dialogues, locomo, needle, peers, riddles, scm, xl3m
+from memory_os.benchmarks import alr2, dialogues, locomo, needle, peers, riddles, scm, xl3m
 from memory_os.benchmarks.measure import Conversation, Question, Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
@@ -410,8 +410,8 @@ def test_intervals_are_wilsons_over_the_facts():
 
 def test_a_fact_is_planted_between_sentences():
     host = "It was a dark night. Nobody slept well. “Who is there?” he cried. Then all was still."
-    assert xl3m._with_sentence(host, "The cat is Rex.") == host.replace("well. ", "well. The cat is Rex. ")
-    assert xl3m._with_sentence("no stop", "The cat is Rex.") == "no stop The cat is Rex."
+    assert xl3m.with_sentence(host, "The cat is Rex.") == host.replace("well. ", "well. The cat is Rex. ")
+    assert xl3m.with_sentence("no stop", "The cat is Rex.") == "no stop The cat is Rex."
 
 
 @pytest.mark.slow
@@ -445,3 +445,62 @@ def test_every_part_of_xl3m_measures(memos, shared_data, tmp_path):
     assert told["peak_mb"] > 100
     assert told["found"]
     assert memos("bench", "xl3m", "--parts", "speed")[:2] == (1, "")
+
+
+# -- alr2 --------------------------------------------------------------------------------------------------------------
+
+TOLD = ("My cat is called Miso. She is old.", "The weather was bad.", "The boat is called Heron.")
+TALK = Conversation(
+    "d",
+    tuple(Turn(str(n), "s", text) for n, text in enumerate(TOLD)),
+    (Question("What is my cat called?", ("0",)), Question("What is the boat called?", ("2",))),
+)
+
+
+def half_invented(messages):
+    """Copies a true sentence with its number, and invents another."""
+    lines = [line for line in messages[-1]["content"].splitlines() if line.startswith(("S1.1", "S3.1"))]
+    about = "boat" if "the boat called" in messages[-1]["content"] else "cat"
+    return "\n".join([*(f"- {line}" for line in lines if about in line), "- S2.1: The weather was fine."])
+
+
+def test_invented_quotes_are_counted_before_and_after_the_verifier():
+    report = alr2.evidence([TALK], llm=ScriptedLLM(half_invented), budget=300, embedder="hash", options={"union": 0})
+    before, after = report["quoted, not verified"], report["quoted, verified"]
+    assert (before["recall"], before["quotes"], before["hallucination_rate"]) == (100.0, 2.0, 50.0)
+    assert (after["recall"], after["quotes"], after["hallucination_rate"]) == (100.0, 1.0, 0.0)
+    assert report["alr2 (with recall's sentences)"]["fallback"] == 0.0
+    assert report["auto"]["recall"] == 100.0
+    assert before["n"] == 2
+
+
+def test_facts_are_planted_beside_what_repeats_their_questions(shared_data):
+    talk = alr2.planted_facts(needle.books([shared_data / "jane_eyre.txt"])["en"])
+    texts = {turn.key: turn.text for turn in talk.turns}
+    assert len(talk.turns) == 400
+    assert len(talk.questions) == len(riddles.RIDDLES)
+    for question, riddle in zip(talk.questions, riddles.RIDDLES, strict=True):
+        assert riddle.plain in texts[question.evidence[0]]
+        assert all(any(decoy in text for text in texts.values()) for decoy in riddle.decoys)
+
+
+def test_hops_find_the_chains_that_one_search_does_not():
+    report = alr2.chains(links=[2, 5], budgets=[400], n=3, n_distractors=60, embedder="hash")
+    for length, by_budget in report.items():
+        figures = by_budget["400"]
+        assert figures["hops (alr2)"]["all"] == 100.0, length
+        assert all(figure["tokens"] <= 400 and figure["n"] == 3 for figure in figures.values())
+    assert report["5"]["400"]["one search (auto)"]["all"] < 100.0
+
+
+def test_alr2_and_atc_print_what_they_measure(memos, tmp_path):
+    file = tmp_path / "locomo.json"
+    file.write_text(json.dumps(LOCOMO))
+    code, out, _ = memos("bench", "atc", "--links", "2", "--budgets", "200", "--traces", "2", "--distractors", "20",
+                         "--embedder", "hash", "--json")  # fmt: skip
+    assert code == 0
+    assert set(json.loads(out)["2"]["200"]) == {"one search (auto)", "one search (alr2)", "hops (alr2)"}
+    code, out, _ = memos("bench", "atc", "--links", "2", "--traces", "1", "--distractors", "9", "--embedder", "hash")
+    assert (code, "hops (alr2)" in out) == (0, True)
+    assert memos("bench", "atc", "--language", "xx")[:2] == (1, "")
+    assert memos("bench", "alr2", "--parts", "none")[:2] == (1, "")
