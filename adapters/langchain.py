@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.tokenizers import counter_for, end_before, end_within
-from memory_os.errors import ConfigError, LLMError, MissingExtraError
+from memory_os.errors import CapabilityError, ConfigError, LLMError, MissingExtraError
 from memory_os.types import Message
 
 if TYPE_CHECKING:
@@ -99,6 +100,22 @@ class LangChainLLM:
             yield from end_before(within, stop)
         finally:
             stream.close()
+
+    def generate_structured(self, messages: Sequence[Message], schema: Mapping[str, Any], *, max_tokens: int) -> str:
+        """The whole reply, held to a JSON schema as far as the provider can.
+
+        :raises CapabilityError: if LangChain has no way to, or the provider fails: its errors do not tell which of the two
+            it is, so whoever asks may ask again without a schema.
+        """
+        model, _ = _limited(self.model, max_tokens)
+        try:
+            held = model.with_structured_output(dict(schema), include_raw=True)
+            told: Any = held.invoke([_to_langchain(message) for message in messages])
+        except Exception as error:
+            raise CapabilityError("alr2", "structured output", "a LangChain model with tools or JSON mode") from error
+        if told["parsed"] is not None:
+            return json.dumps(told["parsed"], ensure_ascii=False)
+        return str(told["raw"].text)
 
     def _stream(
         self, model: BaseChatModel, messages: Sequence[Message], stop: Sequence[str]

@@ -79,6 +79,7 @@ class OpenAICompatibleLLM:
         if self.top_n < 1 or batch_size < 1 or not timeout_s > 0:
             raise ConfigError("top_n and batch_size are at least 1, and timeout_s is more than 0")
         self._batch_size = batch_size
+        self._takes_schemas = True  # until a server says otherwise
         self._timeout_s = timeout_s
         self._pause_s = 0.5  # before the second attempt; twice as long before each further one
         self._counter = tokenizer or counter_for(model)
@@ -125,6 +126,23 @@ class OpenAICompatibleLLM:
         finally:
             stream.close()
 
+    def generate_structured(self, messages: Sequence[Message], schema: Mapping[str, Any], *, max_tokens: int) -> str:
+        """The whole reply, held to a JSON schema by the server (``response_format``).
+
+        :raises CapabilityError: if the server refuses to; it is not asked to again.
+        :raises LLMError: as ``generate``.
+        """
+        if self._takes_schemas:
+            form = {"name": schema["title"], "strict": True, "schema": dict(schema)}
+            asked = {"response_format": {"type": "json_schema", "json_schema": form}}
+            try:
+                return "".join(self._stream(messages, max_tokens, [], asked))
+            except LLMError as error:
+                if not _takes_no_schema(error.__cause__):
+                    raise
+                self._takes_schemas = False
+        raise CapabilityError("alr2", "structured output", "a server that takes response_format")
+
     def read(self, segments: Sequence[str], question: str, stem: str) -> Iterator[Reading]:
         """One reading for each segment, in order, of the ``top_n`` likeliest tokens; see ``ScoringLLM``.
 
@@ -156,13 +174,16 @@ class OpenAICompatibleLLM:
                 yield from readings
                 done += len(readings)
 
-    def _stream(self, messages: Sequence[Message], max_tokens: int, stop: list[str]) -> Generator[str, None, None]:
+    def _stream(
+        self, messages: Sequence[Message], max_tokens: int, stop: list[str], more: Mapping[str, Any] | None = None
+    ) -> Generator[str, None, None]:
         body: dict[str, Any] = {
             "model": self.name,
             "messages": [_to_openai(message) for message in messages],
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
+            **(more or {}),
         }
         if stop:
             body["stop"] = stop[:MAX_STOPS]
@@ -336,6 +357,16 @@ def _completes_nothing(error: BaseException | None) -> bool:
         return False
     status, said = error.response.status_code, _message_of(error.response.text).lower()
     return status in (405, 501) or (status in (400, 404) and "chat" in said and "completions" in said)
+
+
+def _takes_no_schema(error: BaseException | None) -> bool:
+    """Whether a server refused a request because of the schema of its answer."""
+    import httpx
+
+    if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in (400, 404, 415, 422, 501):
+        return False
+    said = error.response.text.lower()
+    return "response_format" in said or "json_schema" in said or "structured output" in said
 
 
 def _may_be_of_the_list(error: BaseException | None) -> bool:

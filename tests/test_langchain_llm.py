@@ -1,15 +1,18 @@
 """LangChain's own fake chat models behind the LLM seam."""
 
+import json
 import sys
 
 import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
-from langchain_core.outputs import ChatGenerationChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
 from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW, LangChainLLM
 from memory_os.adapters.scripted import WordCounter
-from memory_os.errors import ConfigError, LLMError, MissingExtraError
+from memory_os.ask import reply_to
+from memory_os.errors import CapabilityError, ConfigError, LLMError, MissingExtraError
+from memory_os.protocols import StructuredLLM
 
 ASK = [{"role": "user", "content": "Hello"}]
 
@@ -116,3 +119,56 @@ def test_a_provider_that_cannot_be_had_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "langchain.chat_models", None)
     with pytest.raises(MissingExtraError, match=r"memory-os\[langchain\]"):
         LangChainLLM.from_string("openai:gpt-4")
+
+
+# Structured output.
+
+SCHEMA = {
+    "title": "evidence",
+    "type": "object",
+    "properties": {"evidence": {"type": "array", "items": {"type": "string"}}},
+    "required": ["evidence"],
+}
+
+
+class WithTools(Limited):
+    """Answers with a call of the tool that it was given, with a plain text, or with an error."""
+
+    answer: object = None
+
+    def bind_tools(self, tools, **settings):
+        self.seen.append(tools)
+        return self.bind()
+
+    def _generate(self, messages, stop=None, run_manager=None, **settings):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        if isinstance(self.answer, dict):
+            call = {"name": "evidence", "args": self.answer, "id": "1", "type": "tool_call"}
+            message = AIMessage("", tool_calls=[call])
+        else:
+            message = AIMessage(str(self.answer))
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def test_a_model_with_tools_is_held_to_a_schema():
+    model = WithTools(answer={"evidence": ["S1.1: 安娜"]}, seen=[])
+    llm = LangChainLLM(model)
+    assert isinstance(llm, StructuredLLM)
+    assert json.loads(llm.generate_structured(ASK, SCHEMA, max_tokens=9)) == {"evidence": ["S1.1: 安娜"]}
+    assert model.seen[0][0]["title"] == "evidence"
+
+
+def test_what_is_no_call_comes_back_as_it_is():
+    model = WithTools(answer="- S1.1: Anna", seen=[])
+    assert LangChainLLM(model).generate_structured(ASK, SCHEMA, max_tokens=9) == "- S1.1: Anna"
+
+
+@pytest.mark.parametrize(
+    "model", [Recorder(parts=["plain"], seen=[]), WithTools(answer=ValueError("no tools"), parts=["plain"], seen=[])]
+)
+def test_a_model_without_schemas_is_asked_without(model):
+    llm = LangChainLLM(model)
+    with pytest.raises(CapabilityError, match="structured output"):
+        llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert reply_to(llm, "Hello", max_tokens=9, schema=SCHEMA) == "plain"

@@ -16,9 +16,10 @@ from memory_os import Memory
 from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW
 from memory_os.adapters.openai_compatible import OpenAICompatibleLLM
 from memory_os.adapters.scripted import WordCounter
+from memory_os.ask import reply_to
 from memory_os.build import make_llm, tokenizer_of
 from memory_os.errors import CapabilityError, ConfigError, LLMError, UnknownNameError
-from memory_os.protocols import LLM, ScoringLLM
+from memory_os.protocols import LLM, ScoringLLM, StructuredLLM
 
 ASK = [{"role": "user", "content": "Hello"}]
 KEY = "sk-do-not-show-me"
@@ -630,3 +631,35 @@ def test_a_real_models_probabilities_arrive_as_they_are(server):
         assert 0 < rest < 1
         lumped = -(np.exp(log_p) * log_p).sum() - rest * math.log(rest)
         assert 0 < lumped <= -(np.exp(full) * full).sum()
+
+
+# Structured output.
+
+SCHEMA = {"title": "evidence", "type": "object", "properties": {"evidence": {"type": "array"}}}
+
+
+def test_a_server_is_held_to_a_schema(server):
+    server.stream = sse(event('{"evidence":'), event(" []}"), event(finish="stop"), DONE)
+    llm = llm_of(server)
+    assert isinstance(llm, StructuredLLM)
+    assert llm.generate_structured(ASK, SCHEMA, max_tokens=9) == '{"evidence": []}'
+    asked = server.seen[0][1]
+    assert asked["max_tokens"] == 9
+    assert asked["response_format"]["json_schema"] == {"name": "evidence", "strict": True, "schema": SCHEMA}
+
+
+def test_a_server_without_schemas_lacks_a_capability_and_is_asked_once(server):
+    server.refuse = [(400, {"error": {"message": "unknown field: response_format"}})]
+    llm = llm_of(server)
+    for _ in range(2):
+        with pytest.raises(CapabilityError, match="structured output"):
+            llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert len(server.seen) == 1
+    server.stream = HI
+    assert reply_to(llm, "Hello", max_tokens=9, schema=SCHEMA) == "Hi there"  # asked without
+
+
+def test_another_refusal_is_a_failure_of_the_server(server):
+    server.refuse = [(400, {"error": {"message": "the prompt is too long"}})]
+    with pytest.raises(LLMError, match="too long"):
+        llm_of(server).generate_structured(ASK, SCHEMA, max_tokens=9)
