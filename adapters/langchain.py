@@ -104,8 +104,8 @@ class LangChainLLM:
     def generate_structured(self, messages: Sequence[Message], schema: Mapping[str, Any], *, max_tokens: int) -> str:
         """The whole reply, held to a JSON schema as far as the provider can.
 
-        :raises CapabilityError: if LangChain has no way to, or the provider fails: its errors do not tell which of the two
-            it is, so whoever asks may ask again without a schema.
+        :raises CapabilityError: if LangChain has no way to, or the provider fails: its errors do not tell which of
+            the two it is, so whoever asks may ask again without a schema.
         """
         model, _ = _limited(self.model, max_tokens)
         try:

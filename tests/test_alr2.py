@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memory_os import Alr2Controller, AsyncMemory, CapabilityError, ConfigError, Memory
+from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM, WordCounter
 from memory_os.controllers.alr2 import ABLE, relevant
 from memory_os.evidence import NOT_IN_MEMORY, evidence_prompt, listed
@@ -456,3 +457,19 @@ def test_a_sentence_that_is_copied_as_it_is_shown_is_accepted(tmp_path):
     shown = numbered(segment)
     claims = read_claims("\n".join(listed(shown).splitlines()[1:]))
     assert [s.id for s in verify(claims or [], shown).accepted] == ["S1.1", "S1.2"]
+
+
+# -- the embedded models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extract", ["llm", "auto"])
+def test_whatever_smollm2_quotes_the_reply_sees_what_is_stored(tmp_path, extract):
+    llm = HuggingFaceLLM()
+    options = {"embedder": "minilm", "tokenizer": None, "reply_tokens": 24}
+    with opened(tmp_path, llm, extract=extract, extract_tokens=64, **options) as memory:
+        reply = memory.namespace("ana").session("friday").chat(QUESTION)
+    assert reply.evidence
+    assert all(evidence.quote in TOLD[evidence.seq - 1] for evidence in reply.evidence)
+    assert bool(reply.trace.calls) is (extract == "llm")  # too small to be asked, unless one insists
+    assert any("Oslo" in evidence.quote for evidence in reply.evidence)
