@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from memory_os.controllers.auto import AutoController, confidence
+from memory_os.controllers.auto import confidence
 from memory_os.errors import ConfigError
 from memory_os.evidence import NOT_IN_MEMORY, SCHEMA, answer_instruction, evidence_prompt, listed
 from memory_os.lexical import idf, language_of, query_terms, terms_of
 from memory_os.protocols import LLM, MemoryView, SizedLLM
-from memory_os.quotes import Rejected, Sentence, Verified, numbered, read_claims, spans_text, verify
+from memory_os.quotes import Claim, Rejected, Sentence, Verified, numbered, read_claims, spans_text, verify
 from memory_os.types import Candidate, Choice, Decision, Form, Reason, Segment
+from memory_os.weights import learned
 
 __all__ = ["Alr2Controller", "relevant"]
 
@@ -141,7 +142,7 @@ class _Run:
             self._lead_on(self._ask(shortlist))
             return
         sure = confidence(shortlist)
-        if self.own.nothing == "say" and sure is not None and sure < AutoController().abstain:
+        if self.own.nothing == "say" and sure is not None and sure < learned()["abstention"]["threshold"]:
             self.notes.append(f"alr2: the LLM was not asked for evidence, and confidence {sure:.2f} is too low")
             return
         self.notes.append("alr2: the LLM was not asked for evidence: sentences by their relevance")
@@ -203,9 +204,11 @@ class _Run:
         def read(answer: str) -> str:
             nonlocal checked
             claims = read_claims(answer)
+            if claims is None and answer.strip():  # unreadable: one claim, that stands nowhere
+                claims = [Claim("", answer)]
             checked = verify(claims or (), window)
             faults = [f"{each.claim.text[:80]!r} ({each.fault})" for each in checked.rejected]
-            verdict = f"{len(checked.accepted)} accepted" if claims is not None else "unreadable"
+            verdict = f"{len(checked.accepted)} accepted"
             return f"{verdict}; rejected: {', '.join(faults)}" if faults else verdict
 
         purpose = f"the evidence in {window[0].id} to {window[-1].id}" + (", once more" if failed else "")
