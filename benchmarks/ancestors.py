@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from memory_os.benchmarks.measure import Conversation, Question, Turn
+from memory_os.errors import InvalidInputError
 
 __all__ = ["KINDS", "LANGUAGES", "Language", "Link", "Pedigree", "conversation", "names", "pedigree", "solve"]
 
@@ -117,11 +119,12 @@ class Pedigree:
         return (self.links[0].elder, *(link.younger for link in self.links))
 
 
-def names(language: Language) -> list[str]:
+@cache
+def names(language: Language) -> tuple[str, ...]:
     """Invented names, none of them a part of another: some 2,000 in English, and 100,000 in Chinese."""
     if language == "zh":
-        return [s + a + b for s in SURNAMES for a in GIVEN for b in GIVEN if a != b]
-    return [onset + middle + coda for onset in ONSETS for middle in MIDDLES for coda in CODAS]
+        return tuple(s + a + b for s in SURNAMES for a in GIVEN for b in GIVEN if a != b)
+    return tuple(onset + middle + coda for onset in ONSETS for middle in MIDDLES for coda in CODAS)
 
 
 def pedigree(n: int, people: Sequence[str], *, language: Language, kind: Kind, rng: random.Random) -> Pedigree:
@@ -151,7 +154,10 @@ def solve(links: Iterable[Link], person: str) -> list[tuple[str, int]]:
 def conversation(n_links: int, n: int, n_distractors: int, *, language: Language, seed: int = 0) -> Conversation:
     """``n`` traces of so many links each, told in turns in any order among distractors, with their questions."""
     rng = random.Random(f"{seed} {n_links} {language}")
-    pool = iter(rng.sample(names(language), len(names(language))))
+    n_people = n * (n_links + 1) + (n_distractors // FAMILY + 1) * (FAMILY + 1)
+    if n_people > len(names(language)):
+        raise InvalidInputError(f"{n_people} people are needed, and there are {len(names(language))} names")
+    pool = iter(rng.sample(names(language), n_people))
     asked = [_family(n_links, pool, language, KINDS[i % len(KINDS)], rng) for i in range(n)]
     small_talk = [rng.choice(SMALL_TALK[language]) for _ in range(int(n_distractors * SMALL_TALK_SHARE))]
     others: list[str] = []
