@@ -50,7 +50,8 @@ def chat(
 
     Example: memos chat --namespace acme/alice
 
-    JSON, an object a reply: {"text", "n_tokens", "segments" (their numbers), "calls" (of the LLM besides it), "trace"}
+    JSON, an object a reply: {"text", "n_tokens", "segments" (their numbers), "evidence" (quotes: {"seq", "span",
+    "quote", "date", "speaker", "cited"}), "calls" (of the LLM besides it), "trace"}
     """
     flags = {
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
@@ -132,6 +133,8 @@ class Chat:
     COMMANDS: ClassVar = {
         "why": "[TURN]   the ledger of a turn, by default the last: every candidate, and why",
         "memory": "         what is remembered, and what the last answer was shown of it",
+        "evidence": "[SEGMENT] the quotes behind the last answer (controller alr2), or one of them in its place",
+        "confirm": "[ANSWER] the last answer is right, or this is: for memos export-alr2",
         "search": "QUERY    find segments",
         "forget": "SEGMENT  delete a segment, by its number or id",
         "budget": "[N]      show the tokens of the last prompt by part, or set a new limit",
@@ -201,12 +204,16 @@ class Chat:
                     "text": self.last.text,
                     "n_tokens": self.last.context.n_tokens,
                     "segments": [segment.seq for segment in self.last.context.segments],
+                    "evidence": [render.evidence_to_dict(each) for each in self.last.evidence],
                     "calls": len(self.last.trace.calls),
                     "trace": self.last.trace.id,
                 }
             )
         else:
             self._write("\n")
+            for each in self.last.evidence:
+                if each.cited:
+                    self._note(render.evidence_line(each))
 
     def _waiting(self, work: Callable[[], T], *, loads: bool) -> T:
         spinner = self._talk.status("thinking", spinner="dots") if self._talk.is_terminal else nullcontext()
@@ -243,6 +250,26 @@ class Chat:
         self._out.print(f"{held} in {counts['sessions']} sessions, {counts['tokens']} tokens")
         if self.last:
             self._out.print(render.plain(self.last.context.text or "The last answer needed nothing of it."))
+
+    def _evidence(self, ref: str) -> None:
+        if self.last is None or not self.last.evidence:
+            self._note("the last answer rests on no quotes; memos chat --controller alr2 shows its evidence", "yellow")
+            return
+        if not ref:
+            for each in self.last.evidence:
+                self._out.print(render.plain(render.evidence_line(each), "" if each.cited else "dim"), soft_wrap=True)
+            return
+        segment = self.scope.segment(ref.strip("[]").removeprefix("#"))
+        spans = [each.span for each in self.last.evidence if each.segment_id == segment.id]
+        self._out.print(render.segments_table([segment]))
+        self._out.print(render.marked(segment.text, spans), soft_wrap=True)
+
+    def _confirm(self, answer: str) -> None:
+        if self.last is None:
+            self._note("there is no answer to confirm yet", "yellow")
+            return
+        self.scope.confirm(self.last.trace.id, answer=answer or None)
+        self._note("confirmed; memos export-alr2 writes confirmed turns as training data")
 
     def _search(self, query: str) -> None:
         hits = self._waiting(lambda: self.scope.search(query), loads=True)

@@ -1,4 +1,4 @@
-"""Commands that put things in and take things out: ingest, summarize, history, forget, export, import."""
+"""Commands that put things in and take things out: ingest, summarize, confirm, history, forget, export, import."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memory_os.cli import render
-from memory_os.cli.common import Embedder, Json, Llm, Namespace, Session, Store, Vectors, opened
+from memory_os.cli.common import Embedder, Json, Llm, Namespace, Session, Store, Tokenizer, Vectors, opened
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["export", "forget", "history", "import_", "ingest", "summarize"]
+__all__ = ["confirm", "export", "export_alr2", "forget", "history", "import_", "ingest", "summarize"]
 
 
 def ingest(
@@ -155,6 +155,40 @@ def _progress() -> Iterator[Callable[..., None]]:
         yield show
 
 
+def confirm(
+    turn: Annotated[
+        str | None, typer.Argument(help="The turn, by its trace, query or reply; the latest if left out.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option("--answer", help='The right answer; "" where memory does not hold it.')
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="Who says so: user, gold or judge.")] = "user",
+    evidence: Annotated[
+        str | None, typer.Option("--evidence", help="Segments that it follows from, such as 12,15.")
+    ] = None,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+) -> None:
+    """Say that a turn's answer is right, or tell the right one: what export-alr2 makes training data of.
+
+    Example: memos confirm 14 --answer "She lives in Oslo." --evidence 12
+
+    JSON: {"trace", "query", "confirmation": {"by", "answer", "at", "evidence" (ids, or null for what is cited)}}
+    """
+    from memory_os.trace import trace_to_dict
+
+    refs = [ref.strip() for ref in evidence.split(",") if ref.strip()] if evidence is not None else None
+    with opened({"store": store, "namespace": namespace}) as (_, scope, _):
+        trace = scope.confirm(turn, answer=answer, by=by, evidence=refs)
+    if json:
+        render.print_json({"trace": trace.id, **{k: trace_to_dict(trace)[k] for k in ("query", "confirmation")}})
+        return
+    assert trace.confirmation is not None
+    told = trace.confirmation.answer or "Memory does not hold it."
+    render.out().print(render.plain(f"Confirmed: {trace.query}\n{told}"), soft_wrap=True)
+
+
 def history(
     n: Annotated[int, typer.Option("-k", "--last", min=1, help="How many segments.")] = 20,
     json: Json = False,
@@ -241,6 +275,61 @@ def export(
         render.print_json({"segments": count, "file": file})
     else:
         render.out().print(render.plain(f"Wrote {render.count_of(count)} to {file}."), soft_wrap=True)
+
+
+def export_alr2(
+    file: Annotated[str, typer.Argument(help="Where to; - writes to standard output.")],
+    context_tokens: Annotated[
+        str, typer.Option("--context-tokens", help="Most tokens of a context; several take turns, such as 4k,8k,16k.")
+    ] = "4k",
+    exclude: Annotated[
+        str | None,
+        typer.Option("--exclude", help="A file of questions (or their SHA-256), one a line, to leave out."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="What the records say they are for.")] = "train",
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same file.")] = 0,
+    json: Json = False,
+    store: Store = None,
+    namespace: Namespace = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Write confirmed turns as training data for both stages of ALR², verified, in the form of chats.
+
+    Example: memos export-alr2 train.jsonl --context-tokens 4k,8k,16k,32k --exclude questions.txt
+
+    JSON: {"n_records", "n_turns", "refused" (turns by reason), "excluded", "file"}
+    """
+    from dataclasses import asdict
+
+    lengths = [_tokens(each) for each in context_tokens.split(",")]
+    with opened({"store": store, "namespace": namespace, "tokenizer": tokenizer}) as (_, scope, _):
+        report = scope.export_alr2(
+            sys.stdout if file == "-" else file,
+            context_tokens=lengths,
+            exclude=exclude if exclude is not None else (),
+            split=split,
+            seed=seed,
+        )
+    if json and file != "-":
+        render.print_json({**asdict(report), "file": file})
+        return
+    talk = render.talk()
+    console = talk if file == "-" else render.out()
+    console.print(
+        render.plain(f"Wrote {report.n_records} records of {report.n_turns} turns to {file}."), soft_wrap=True
+    )
+    for reason, count in report.refused.items():
+        talk.print(render.plain(f"Refused {count}: {reason}.", "yellow"), soft_wrap=True)
+    if report.excluded:
+        talk.print(f"Left out {report.excluded} whose question is excluded.")
+
+
+def _tokens(length: str) -> int:
+    number = length.strip().lower()
+    try:
+        return int(number.removesuffix("k")) * (1024 if number.endswith("k") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{length!r} is no number of tokens, such as 4096 or 4k") from None
 
 
 def import_(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from memory_os.errors import UnknownNameError
@@ -15,16 +16,19 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from memory_os.types import Account, Context, Hit, LedgerEntry, Segment, Trace
+    from memory_os.types import Account, Context, Evidence, Hit, LedgerEntry, Segment, Trace
 
 __all__ = [
     "account_line",
     "context_to_dict",
     "contributions_table",
     "count_of",
+    "evidence_line",
+    "evidence_to_dict",
     "figures_table",
     "hits_table",
     "ledger_table",
+    "marked",
     "out",
     "pairs_table",
     "plain",
@@ -158,6 +162,25 @@ def segments_table(segments: Sequence[Segment]) -> Table:
     return table
 
 
+def evidence_line(evidence: Evidence) -> str:
+    """A quote with what it is cited by, its date and speaker."""
+    return f"[#{evidence.seq}] {evidence.date:%Y-%m-%d} {evidence.speaker}: “{snippet(evidence.quote, 300)}”"
+
+
+def evidence_to_dict(evidence: Evidence) -> dict[str, Any]:
+    """A quote as JSON-ready data."""
+    return {**asdict(evidence), "date": evidence.date.isoformat()}
+
+
+def marked(text: str, spans: Sequence[tuple[int, int]]) -> Text:
+    """A text with these parts of it set off."""
+    shown, place = plain(""), 0
+    for start, end in sorted(spans):
+        shown.append_text(plain(text[place:start])).append_text(plain(text[start:end], "bold reverse"))
+        place = end
+    return shown.append_text(plain(text[place:]))
+
+
 def hits_table(hits: Sequence[Hit]) -> Table:
     """Search results with their scores."""
     table = _table(("seq", RIGHT), ("score", RIGHT), "more than the average hit", "who", "text")
@@ -219,6 +242,7 @@ def context_to_dict(context: Context) -> dict[str, Any]:
         "n_tokens": context.n_tokens,
         "account": trace["account"],
         "segments": [segment_to_dict(segment) for segment in context.segments],
+        "evidence": [evidence_to_dict(each) for each in context.evidence],
         "ledger": trace["ledger"],
         "calls": trace["calls"],
         "notes": trace["notes"],

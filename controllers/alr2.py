@@ -275,7 +275,9 @@ def relevant(
     segments: Sequence[Sequence[Sentence]],
     similarities: Callable[[Sequence[str]], Sequence[float]],
 ) -> list[Sentence]:
-    """Of each segment the most relevant sentence, and those that are nearly as relevant; in the order given.
+    """Of each segment the most relevant sentence, those nearly as relevant, and the one after each; in the order given.
+
+    The one after often goes on about what the one before names: "Ana keeps bees. She lives in Oslo."
 
     A sentence's relevance is the cosine of its embedding with the query's, and the share of the query's words that it
     holds, each weighed by its rarity in these sentences.
@@ -294,6 +296,8 @@ def relevant(
     }
     chosen: list[Sentence] = []
     for sentences in segments:
-        best = max((scores.get(sentence.id, 0.0) for sentence in sentences), default=0.0)
-        chosen += [sentence for sentence in sentences if scores.get(sentence.id, 0.0) >= best - MARGIN]
+        values = [scores.get(sentence.id, 0.0) for sentence in sentences]
+        near = [value >= max(values) - MARGIN for value in values]
+        wanted = zip(sentences, near, [False, *near], strict=False)
+        chosen += [sentence for sentence, itself, before in wanted if itself or before]
     return chosen

@@ -85,8 +85,8 @@ def listed(shown: Iterable[Sentence]) -> str:
 
 
 def target_of(quotes: Iterable[Sentence]) -> str:
-    """What a model that extracts without a fault would answer."""
-    return "\n".join(f"- {sentence.id}: {sentence.text}" for sentence in quotes) or "NONE"
+    """What a model that extracts without a fault would answer, in the form in which ``listed`` shows it."""
+    return "\n".join(f"- {sentence.id}: {defused(sentence.text)}" for sentence in quotes) or "NONE"
 
 
 def answer_instruction(query: str) -> str:

@@ -16,6 +16,7 @@ from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
 from memory_os.types import (
+    Confirmation,
     Context,
     Hit,
     Kind,
@@ -29,6 +30,7 @@ from memory_os.types import (
 )
 
 if TYPE_CHECKING:
+    from memory_os.aligned import AlignedReport
     from memory_os.protocols import LLM, Controller, Embedder, TokenCounter
     from memory_os.summarize import Summary
 
@@ -37,6 +39,7 @@ __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 DEFAULT_SESSION = "default"
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
+JUDGES = ("user", "gold", "judge")
 LAST_PATIENCE_S = 20.0
 """So long, at most, ``close`` waits for the thread of summaries: torch must not be at work when Python leaves."""
 
@@ -388,6 +391,51 @@ class Scope:
             file.writelines(lines)
         return count
 
+    def export_alr2(
+        self,
+        file: str | Path | IO[str],
+        *,
+        context_tokens: int | Sequence[int] = 4096,
+        stages: Sequence[str] = ("retrieve", "reason"),
+        exclude: Iterable[str] | str | Path = (),
+        split: str = "train",
+        seed: int = 0,
+    ) -> AlignedReport:
+        """Write the namespace's confirmed turns as training data for both stages of ALR², as JSONL of chats.
+
+        Each record is verified on its final text; turns whose evidence does not hold give none, and are counted.
+        An existing file is replaced when the export is complete.
+
+        :param context_tokens: most tokens of the sentences that a ``retrieve`` record lists, in the tokenizer that the
+            memory was opened with; of several lengths each is used equally often.
+        :param exclude: questions that must not be trained on, or the SHA-256 of their text without regard to case and
+            white space (``aligned.question_hash``); or the path of a file with one a line.
+        :param split: what the records say they are for.
+        :param seed: decides which other segments stand beside the evidence; the same gives the same file.
+        :raises ConfigError: if no turn is confirmed; nothing is written.
+        """
+        from memory_os.aligned import Exporter
+
+        parts = self._parts
+        confirmed = [trace for trace in parts.store.traces(self.labels) if trace.confirmation]
+        if not confirmed:
+            raise ConfigError("no turn of this namespace is confirmed; say which answers are right: memos confirm TURN")
+        exporter = Exporter(
+            parts.store.scan(self.labels),
+            parts.counter,
+            system=parts.options.system,
+            context_tokens=context_tokens,
+            stages=stages,
+            exclude=_lines(exclude) if isinstance(exclude, str | Path) else exclude,
+            split=split,
+            seed=seed,
+        )
+        if isinstance(file, str | Path):
+            replace_file(Path(file).expanduser(), exporter.lines(confirmed))
+        else:
+            file.writelines(exporter.lines(confirmed))
+        return exporter.report
+
     def import_(
         self, file: str | Path | Iterable[str], *, progress: Callable[[int, int], None] | None = None
     ) -> tuple[int, int]:
@@ -466,6 +514,45 @@ class Scope:
             raise UnknownNameError("turn", str(turn), hint="name a turn that was answered here; see: memos history")
         return trace
 
+    def confirm(
+        self,
+        turn: str | int | None = None,
+        *,
+        answer: str | None = None,
+        by: str = "user",
+        evidence: Sequence[str | int] | None = None,
+    ) -> Trace:
+        """Say that a turn's answer is right, or tell the right one; gives back the trace, which keeps it.
+
+        Confirming again replaces what was said before.
+
+        :param turn: as in ``why``; the latest turn if not given.
+        :param answer: the right answer, ``""`` where memory does not hold it; the reply if not given.
+        :param by: who says so: ``"user"``, ``"gold"`` (a label) or ``"judge"`` (a model).
+        :param evidence: ids or ``seq`` of the segments that it follows from; those that the reply cites if not given.
+        :raises ConfigError: if there is neither a reply nor an answer, or the evidence cannot be one.
+        :raises UnknownNameError: if there is no such turn or segment.
+        """
+        if by not in JUDGES:
+            raise ConfigError(f"an answer is confirmed by one of {', '.join(JUDGES)}, not {by!r}")
+        trace = self._trace(turn)
+        if answer is None:
+            reply = self._parts.store.find(self.labels, trace.reply_id) if trace.reply_id else None
+            if reply is None:
+                raise ConfigError("this turn has no reply to confirm; tell the right answer: answer=..., or --answer")
+            answer = reply.text
+        ids = None
+        if evidence is not None:
+            ids = tuple(dict.fromkeys(self.segment(ref).id for ref in evidence))
+            if not {trace.query_id, trace.reply_id}.isdisjoint(ids):
+                raise ConfigError("a turn is no evidence of itself; name the segments that its answer follows from")
+            if not answer.strip():
+                raise ConfigError("an answer that memory does not hold has no evidence; leave out one of the two")
+        told = Confirmation(by, check_text(answer) if answer.strip() else "", datetime.now(UTC), ids)
+        confirmed = replace(trace, confirmation=told)
+        self._parts.store.save_trace(confirmed)
+        return confirmed
+
     def history(self, n: int = 20) -> list[Segment]:
         """The last ``n`` segments of the session (or of the namespace), oldest first."""
         return self._parts.store.tail(self.labels, n, session=self.session_name)
@@ -541,6 +628,14 @@ def _opened(path: str | Path) -> IO[bytes]:
         return Path(path).expanduser().open("rb")
     except OSError as error:
         raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
+
+
+def _lines(path: str | Path) -> list[str]:
+    with _opened(path) as stream:
+        try:
+            return stream.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InvalidInputError("not UTF-8", source=str(path)) from error
 
 
 def _changed(path: str | Path) -> datetime:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_os import Memory
+from memory_os import Alr2Controller, Memory
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.cli.chat import Chat
 
@@ -26,8 +26,10 @@ def talk(tmp_path, capfd):
     """Say lines to a scripted LLM: ``(stdout, stderr, scope)``."""
     memories = []
 
-    def say(*lines, reply=lambda messages: "Noted.", llm=None, **options):
-        memory = Memory.open(tmp_path / "memory.db", llm=llm or ScriptedLLM(reply), embedder="hash")
+    def say(*lines, reply=lambda messages: "Noted.", llm=None, controller="auto", **options):
+        memory = Memory.open(
+            tmp_path / "memory.db", llm=llm or ScriptedLLM(reply), embedder="hash", controller=controller
+        )
         memories.append(memory)
         scope = memory.namespace("a").session("s")
         Chat(scope, budget=400, **options).run(iter(lines))
@@ -49,7 +51,51 @@ def test_json_is_one_object_a_reply(talk):
     first, second = map(json.loads, out.splitlines())
     assert first["text"] == second["text"] == "Noted."
     assert second["trace"] == scope.why()[0].id
-    assert set(first) == {"text", "n_tokens", "segments", "calls", "trace"}
+    assert set(first) == {"text", "n_tokens", "segments", "evidence", "calls", "trace"}
+
+
+CITES = Alr2Controller(union=0)
+
+
+def quoting(messages):
+    """Quotes the first sentence that it is shown, then cites it, and one that it was not shown."""
+    prompt = messages[-1]["content"]
+    if "Copy every sentence" not in prompt:
+        return "Miso [#1, #8]."
+    return "- " + next((line for line in prompt.splitlines() if line.startswith("S1.2")), "NONE")
+
+
+def test_alr2_shows_its_citations_and_opens_them(talk):
+    told = "It rained \x1b[31m a lot. My cat is called Miso. She sleeps."
+    out, err, _ = talk(told, "/session b", "What is my cat called?", "/evidence", "/evidence 1", "/evidence #9",
+                       reply=quoting, controller=CITES)  # fmt: skip
+    assert "Miso [#1].\n" in out
+    assert err.count("[#1]") == 1  # under the reply
+    assert out.count("user: “My cat is called Miso.”") == 1  # by /evidence
+    assert "a lot. My cat is called Miso. She sleeps." in out  # in its place
+    assert "\x1b" not in out
+    assert "unknown segment '9'" in err
+
+
+def test_evidence_stands_in_the_json(talk):
+    out, _, _ = talk("It rained. My cat is called Miso.", "/session b", "What is my cat called?", reply=quoting,
+                     controller=CITES, json=True)  # fmt: skip
+    [evidence] = json.loads(out.splitlines()[-1])["evidence"]
+    assert (evidence["seq"], evidence["span"], evidence["cited"]) == (1, [11, 33], True)
+    assert evidence["quote"] == "My cat is called Miso."
+
+
+def test_without_quotes_there_is_no_evidence_to_open(talk):
+    _, err, _ = talk("/evidence", "My cat is called Miso.", "/evidence")
+    assert err.count("rests on no quotes") == 2
+
+
+def test_an_answer_is_confirmed(talk):
+    _, err, scope = talk("/confirm", "What is my cat called?", "/confirm")
+    assert "no answer to confirm" in err
+    assert scope.why()[0].confirmation.answer == "Noted."
+    *_, scope = talk("What is my cat called?", "/confirm Miso.")
+    assert scope.why()[0].confirmation.answer == "Miso."
 
 
 def test_every_command_does_what_help_says(talk, tmp_path):
@@ -189,14 +235,18 @@ def environment(tmp_path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_next_process_remembers(tmp_path):
-    def process(line):
-        return subprocess.run(
-            [MEMOS, "chat", "--json"], input=line, env=environment(tmp_path), capture_output=True, text=True, check=True
-        )
+    """What the LLM is shown counts: what SmolLM2 makes of it is another thing on another processor."""
 
-    process("My sister's dog is called Biscuit.\n")
-    second = process("What is the name of my sister's dog?\n")
-    assert "Biscuit" in json.loads(second.stdout)["text"]
+    def process(session, line):
+        return subprocess.run(
+            [MEMOS, "chat", "--json", "--session", session], input=line, env=environment(tmp_path), capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+
+    process("monday", "My sister's dog is called Biscuit.\n")
+    second = process("tuesday", "What is the name of my sister's dog?\n")
+    assert 1 in json.loads(second.stdout)["segments"]
+    assert json.loads(second.stdout)["text"]
     assert "Traceback" not in second.stderr
 
 
