@@ -68,7 +68,7 @@ _NONE = regex.compile(
     r"\W*(none|nothing|n/?a|无|沒有|没有)(\W.{0,80})?|.{0,40}\bno (relevant |matching )?(sentences?|evidence)\b.{0,80}",
     regex.IGNORECASE | regex.DOTALL,
 )
-_FENCED = regex.compile(r"```(?:json)?\s*(.*?)\s*```", regex.DOTALL)
+_FENCED = regex.compile(r"^```\w*[ \t]*\n(.*?)^[ \t]*```", regex.DOTALL | regex.MULTILINE)
 _OBJECT = regex.compile(r"\{[^{}]*\}", regex.DOTALL)
 
 
@@ -158,7 +158,7 @@ def read_claims(answer: str) -> list[Claim] | None:
     """
     text = answer.strip()
     fenced = _FENCED.search(text)
-    body = fenced[1] if fenced else text
+    body = fenced[1].strip() if fenced else text
     if body.startswith(("{", "[")) and ((found := _from_json(body)) is not None or body[0] == "{"):
         return found
     if _NONE.fullmatch(text) and not regex.search(_ID, text):

@@ -239,6 +239,7 @@ def test_a_word_that_is_added_left_out_or_changed_is_noticed(words, data):
         ('{"evidence": [{"id": "S1.1", "quote": "I was born."}]}', [("S1.1", "I was born.")]),
         ('```json\n{"evidence": [{"id": "[S1.1]", "quote": "Yes."}]}\n```', [("S1.1", "Yes.")]),
         ('{"evidence": [{"id": "S1.1", "quote": "Yes."}, {"id": "S1.2", "quo', [("S1.1", "Yes.")]),
+        ("- S1.1: Type ```ls``` and ```cd```.", [("S1.1", "Type ```ls``` and ```cd```.")]),
         ('{"evidence": ["S1.1: Yes."]}', [("S1.1", "Yes.")]),
         ('[{"id": "S1.1", "quote": "Yes."}]', [("S1.1", "Yes.")]),
         ('{"evidence": []}', []),
