@@ -59,11 +59,12 @@ _NEGATIONS = frozenset(
 )
 
 _ID = r"S\d+\.\d+"
-_CLAIM = regex.compile(
-    rf"^\s*(?:[-*•>]\s+|\d+[.)]\s+)*(?:[\[(【]?\s*(?P<id>{_ID})\s*[\])】]?\s*[:：.\-–—]*\s*)?(?P<text>.*?)\s*$",
+_CLAIM = regex.compile(  # - **[S1.2]**: text
+    rf"^\s*(?:[*•>|]\s*|-\s+|-(?=\W*S\d)|\d+[.)]\s+)*(?:(?:sentence\s+)?[\[(【<*_`\s]*(?P<id>{_ID})(?:\s*[,、&]\s*{_ID})*"
+    r"[\])】>*_`]*\s*[:：.、|\-–—]*[*_`]*\s*)?(?P<text>.*?)\s*\|?\s*$",
     regex.IGNORECASE,
 )
-_BEHIND = regex.compile(rf"\s*[\[(（【]\s*({_ID})\s*[\])）】]\s*\.?\s*$", regex.IGNORECASE)
+_BEHIND = regex.compile(rf"\s*[-–—]?\s*[\[(（【<]*\s*({_ID})\s*[\])）】>]*\s*\.?\s*$", regex.IGNORECASE)
 _NONE = regex.compile(
     r"\W*(none|nothing|n/?a|无|沒有|没有)(\W.{0,80})?|.{0,40}\bno (relevant |matching )?(sentences?|evidence)\b.{0,80}",
     regex.IGNORECASE | regex.DOTALL,
@@ -163,7 +164,13 @@ def read_claims(answer: str) -> list[Claim] | None:
         return found
     if _NONE.fullmatch(text) and not regex.search(_ID, text):
         return []
-    claims = [claim for line in body.splitlines() if (claim := _from_line(line))]
+    claims: list[Claim] = []
+    for line in body.splitlines():
+        claim = _from_line(line)
+        if claim and not claim.id and claims and not claims[-1].text:  # the number stood on the line before
+            claims[-1] = Claim(claims[-1].id, claim.text)
+        elif claim:
+            claims.append(claim)
     return claims or None
 
 
@@ -187,7 +194,11 @@ def _from_json(body: str) -> list[Claim] | None:
         data = [each for piece in _OBJECT.findall(body) if (each := _object(piece))]
         if not data:
             return None
-    rows = data.get("evidence") if isinstance(data, Mapping) else data
+    rows = data.get("evidence", data) if isinstance(data, Mapping) else data
+    if isinstance(rows, Mapping):  # {"S1.2": "text"}
+        rows = [{"id": id_, "quote": text} for id_, text in rows.items() if regex.fullmatch(_ID, str(id_))]
+        if not rows:
+            return None
     if not isinstance(rows, list):
         return None
     claims = []
@@ -196,7 +207,8 @@ def _from_json(body: str) -> list[Claim] | None:
             claims.append(claim)
         elif isinstance(row, Mapping):
             id_ = regex.search(_ID, str(row.get("id", "")), regex.IGNORECASE)
-            claims.append(Claim(id_[0].upper() if id_ else "", str(row.get("quote", row.get("text", "")))))
+            texts = [value for key, value in row.items() if key != "id" and isinstance(value, str)]
+            claims.append(Claim(id_[0].upper() if id_ else "", str(row.get("quote", texts[0] if texts else ""))))
     return claims
 
 
