@@ -8,6 +8,7 @@ arithmetic gives.
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from memory_os.protocols import Reading
@@ -46,6 +47,9 @@ class SegmentReader:
         self._model = model
         self._prefix = list(prefix)
         self._prefix_kv: Any = None
+        # transformers 5.24 has given it another name, and warns of the old one
+        known = signature(model.model.forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
 
     def read(
         self,
@@ -92,7 +96,7 @@ class SegmentReader:
             input_ids=ids,
             attention_mask=torch.cat([mask, torch.ones_like(ids)], dim=1),
             position_ids=lengths[:, None] + torch.arange(len(tail), device=mask.device),
-            past_key_values=cache,
+            **{self._cache_name: cache},
         ).last_hidden_state
         nexts = self._log_probs(hidden[:, -1]).cpu().numpy()
         if not n_question:
@@ -131,7 +135,7 @@ class SegmentReader:
 
         cache = DynamicCache(past, config=self._model.config)
         ids = torch.tensor(rows, dtype=torch.long, device=self._model.device)
-        self._model.model(input_ids=ids, past_key_values=cache)
+        self._model.model(input_ids=ids, **{self._cache_name: cache})
         layers: Any = cache.layers
         return [(layer.keys, layer.values) for layer in layers]
 

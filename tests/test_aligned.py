@@ -337,7 +337,7 @@ def test_evidence_that_was_forgotten_is_refused(scope):
 
 
 def test_quotes_that_cannot_be_read_back_are_refused(tmp_path):
-    told = ["The command is ```make bees``` for honey."]
+    told = ["The sign for honey is this one: |"]  # the reader takes it for the end of a table's row
     with opened(tmp_path, Talker(f"- S1.1: {told[0]}", "make bees [#1]"), told=told) as memory:
         scope = memory.namespace("ana").session("friday")
         scope.context("Which command makes honey?", record=True)
