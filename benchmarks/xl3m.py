@@ -357,7 +357,7 @@ print(json.dumps({"text": reply.text, "shown": reply.context.text, "notes": list
 """
 
 
-def document(book: Book, length: int, *, score: str = "entropy", riddle: Riddle = RIDDLES[3]) -> dict[str, Any]:
+def document(book: Book, length: int, *, score: str = "hybrid", riddle: Riddle = RIDDLES[3]) -> dict[str, Any]:
     """A document of so many tokens (cl100k_base) with a fact in its middle, read in a process of its own.
 
     :param book: where it is shorter, it is repeated in another order, so that no segment is read twice.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,10 @@ __all__ = ["ask"]
 def ask(
     file: Annotated[str, typer.Argument(help="UTF-8 text of any size.")],
     question: Annotated[str, typer.Argument(help="What is to be found in it.")],
-    score: Annotated[str, typer.Option("--score", help="entropy (the paper's), question_nll or hybrid.")] = "entropy",
+    score: Annotated[
+        str | None,
+        typer.Option("--score", help="hybrid (where the LLM is able to), entropy (the paper's) or question_nll."),
+    ] = None,
     segment_tokens: Annotated[int, typer.Option("--segment-tokens", help="Most tokens of a segment.")] = 512,
     overlap: Annotated[
         int | None, typer.Option("--overlap", help="Most tokens that neighbours share; by default an eighth.")
@@ -41,7 +44,8 @@ def ask(
     JSON: {"text", "passages": [{"start", "end", "text", "window", and what it was scored by}], "notes", "account"}
     """
     flags = {"store": store, "namespace": namespace, "llm": llm, "budget": budget}
-    options = {"score": score, "segment_tokens": segment_tokens, "overlap": overlap, "k": k, "stem": stem}
+    options: dict[str, Any] = {"segment_tokens": segment_tokens, "overlap": overlap, "k": k, "stem": stem}
+    options |= {"score": score} if score else {}
     with opened(flags, llm=True) as (_, scope, _), _reading() as progress:
         try:
             reply = scope.read(file, question, progress=progress, options=options)

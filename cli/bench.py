@@ -144,7 +144,7 @@ def xl3m(
     budgets: Annotated[str, typer.Option("--budgets", help="Tokens of the contexts of rerank.")] = "512,1024",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most questions of a conversation.")] = None,
     length: Annotated[str, typer.Option("--length", help="Tokens of the document.")] = "1M",
-    score: Annotated[str, typer.Option("--score", help="By which the document is read.")] = "entropy",
+    score: Annotated[str, typer.Option("--score", help="By which the document is read.")] = "hybrid",
     seed: Annotated[int, typer.Option("--seed", help="Of what is planted where.")] = 0,
     json: Json = False,
     embedder: Embedder = "minilm",

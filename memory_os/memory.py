@@ -287,18 +287,21 @@ class Scope:
         :param name: of the document, in the context; the path if not given.
         :param budget: most tokens of the prompt.
         :param progress: called with ``(bytes read, bytes in all)``.
-        :param options: of ``Xl3mController``, such as ``{"score": "question_nll", "segment_tokens": 256}``.
+        :param options: of ``Xl3mController``, such as ``{"score": "entropy", "segment_tokens": 256}``. The score is
+            ``"hybrid"`` where the LLM tells how likely a question is, which finds more; else the paper's entropy.
         :raises CapabilityError: if the LLM does not show its probabilities.
         :raises InvalidInputError: for a document that is empty or no text.
         :raises LLMError: if the model fails; what it scored before is kept.
         """
         from memory_os.build import check_llm, make_controller
+        from memory_os.protocols import QuestionScoringLLM
         from memory_os.read import read_document
 
         check_text(question)
         if "mode" in (options or {}):
             raise ConfigError("a document is always read from beginning to end: leave out the option mode")
-        controller = make_controller("xl3m-scan", options or {})
+        score = "hybrid" if isinstance(self._parts.llm, QuestionScoringLLM) else "entropy"
+        controller = make_controller("xl3m-scan", {"score": score, **(options or {})})
         check_llm(controller, self._parts.llm)
         parts = replace(self._parts, controller=controller)
         with ExitStack() as stack:

@@ -772,3 +772,16 @@ def test_smollm2_finds_planted_codes_and_is_not_misled(shared_data):
         beaten += values[place] < certainty_of(misled).entropy
     assert found >= 16
     assert beaten >= 18
+
+
+@pytest.mark.parametrize(("kind", "score"), [(TableLLM, "entropy"), (QuestionTableLLM, "hybrid")])
+def test_a_document_is_ranked_by_the_best_score_that_the_llm_allows(tmp_path, kind, score):
+    text = "There is a chair. " * 20 + "The code of the cellar is 4812. " + "There is a table. " * 20
+    with opened(tmp_path / "m.db", kind(certain_of("4812"))) as memory:
+        read = memory.namespace("a").read
+        options = {"segment_tokens": 24}
+        reply = read(io.BytesIO(text.encode()), QUESTION, budget=100, options=options)
+        assert any(note.endswith(f"ranked by {score}") for note in reply.trace.notes)
+        paper = read(io.BytesIO(text.encode()), QUESTION, budget=100, options={**options, "score": "entropy"})
+        assert any(note.endswith("ranked by entropy") for note in paper.trace.notes)
+        assert "4812" in reply.context.text
