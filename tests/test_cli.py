@@ -241,11 +241,11 @@ def test_ask_answers_from_a_file_that_is_not_stored(memos, tmp_path):
     code, out, err = memos("ask", *arguments, "400", "--show")
     assert code == 0
     assert "The code of the wine cellar is 4812." in out
-    assert "ranked by entropy" in err
+    assert "ranked by hybrid" in err
     code, out, _ = memos("ask", *arguments, "400", "--json")
     answer = json.loads(out)
     assert set(answer) == {"text", "passages", "notes", "account"}
-    assert {"start", "end", "entropy", "text"} <= set(answer["passages"][0])
+    assert {"start", "end", "entropy", "question_nll", "text"} <= set(answer["passages"][0])
     assert answer["account"]["total"] <= 400
     assert json.loads(memos("stats", "--json")[1])["segments"] == 0
     assert memos("ask", tmp_path / "nowhere.txt", "What?")[0] == 1
