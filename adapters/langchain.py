@@ -115,7 +115,9 @@ class LangChainLLM:
             raise CapabilityError("alr2", "structured output", "a LangChain model with tools or JSON mode") from error
         if told["parsed"] is not None:
             return json.dumps(told["parsed"], ensure_ascii=False)
-        return str(told["raw"].text)
+        # a call cut off at the limit is not among the calls: its JSON does not end
+        broken = [call["args"] for call in told["raw"].invalid_tool_calls if call["args"]]
+        return str(broken[0] if broken else told["raw"].text)
 
     def _stream(
         self, model: BaseChatModel, messages: Sequence[Message], stop: Sequence[str]

@@ -132,7 +132,7 @@ SCHEMA = {
 
 
 class WithTools(Limited):
-    """Answers with a call of the tool that it was given, with a plain text, or with an error."""
+    """Answers with a call of the tool that it was given, with a message or a plain text, or with an error."""
 
     answer: object = None
 
@@ -141,9 +141,12 @@ class WithTools(Limited):
         return self.bind()
 
     def _generate(self, messages, stop=None, run_manager=None, **settings):
+        self.seen.append((messages, self.max_tokens))
         if isinstance(self.answer, Exception):
             raise self.answer
-        if isinstance(self.answer, dict):
+        if isinstance(self.answer, AIMessage):
+            message = self.answer
+        elif isinstance(self.answer, dict):
             call = {"name": "evidence", "args": self.answer, "id": "1", "type": "tool_call"}
             message = AIMessage("", tool_calls=[call])
         else:
@@ -157,11 +160,21 @@ def test_a_model_with_tools_is_held_to_a_schema():
     assert isinstance(llm, StructuredLLM)
     assert json.loads(llm.generate_structured(ASK, SCHEMA, max_tokens=9)) == {"evidence": ["S1.1: 安娜"]}
     assert model.seen[0][0]["title"] == "evidence"
+    assert model.seen[1] == ([HumanMessage("Hello")], 9)
+    assert model.max_tokens is None
 
 
 def test_what_is_no_call_comes_back_as_it_is():
     model = WithTools(answer="- S1.1: Anna", seen=[])
     assert LangChainLLM(model).generate_structured(ASK, SCHEMA, max_tokens=9) == "- S1.1: Anna"
+
+
+def test_of_a_call_that_is_cut_off_comes_back_what_there_is():
+    whole = json.dumps({"evidence": ["S1.1: Anna", "S1.2: Ben"]})
+    call = {"id": "1", "type": "function", "function": {"name": "evidence", "arguments": whole[:-9]}}
+    cut = AIMessage("I copy:", additional_kwargs={"tool_calls": [call]})  # LangChain tells it as an invalid call
+    llm = LangChainLLM(WithTools(answer=cut, seen=[]))
+    assert llm.generate_structured(ASK, SCHEMA, max_tokens=9) == whole[:-9]
 
 
 @pytest.mark.parametrize(
@@ -172,3 +185,13 @@ def test_a_model_without_schemas_is_asked_without(model):
     with pytest.raises(CapabilityError, match="structured output"):
         llm.generate_structured(ASK, SCHEMA, max_tokens=9)
     assert reply_to(llm, "Hello", max_tokens=9, schema=SCHEMA) == "plain"
+
+
+def test_a_provider_that_fails_is_an_llm_error_once_it_is_asked_without():
+    down = ConnectionError("refused")
+    llm = LangChainLLM(WithTools(answer=down, parts=[down], seen=[]))
+    with pytest.raises(CapabilityError) as caught:  # perhaps it is the schema
+        llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert caught.value.__cause__ is down
+    with pytest.raises(LLMError, match="some-model failed: ConnectionError: refused"):
+        reply_to(llm, "Hello", max_tokens=9, schema=SCHEMA)

@@ -648,18 +648,39 @@ def test_a_server_is_held_to_a_schema(server):
     assert asked["response_format"]["json_schema"] == {"name": "evidence", "strict": True, "schema": SCHEMA}
 
 
-def test_a_server_without_schemas_lacks_a_capability_and_is_asked_once(server):
-    server.refuse = [(400, {"error": {"message": "unknown field: response_format"}})]
+def test_a_reply_that_is_cut_off_comes_back_as_far_as_it_got(server):
+    server.stream = sse(event('{"evidence": ["S1'), event(finish="length"), DONE)
+    assert llm_of(server).generate_structured(ASK, SCHEMA, max_tokens=9) == '{"evidence": ["S1'
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": {"message": "unknown field: response_format"}}),
+        (404, {"detail": "this model has no structured output"}),
+        (422, {"detail": [{"loc": ["body", "response_format", "type"], "msg": "unexpected value"}]}),
+        (501, "json_schema is not implemented"),
+    ],
+)
+def test_a_server_without_schemas_lacks_a_capability_and_is_asked_once(server, status, body):
+    server.refuse = [(status, body)] * (3 if status == 501 else 1)  # a 5xx may pass
     llm = llm_of(server)
-    for _ in range(2):
-        with pytest.raises(CapabilityError, match="structured output"):
-            llm.generate_structured(ASK, SCHEMA, max_tokens=9)
-    assert len(server.seen) == 1
+    with pytest.raises(CapabilityError, match="structured output"):
+        llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert server.refuse == []
+    server.seen.clear()
+    with pytest.raises(CapabilityError, match="structured output"):
+        llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert server.seen == []
     server.stream = HI
     assert reply_to(llm, "Hello", max_tokens=9, schema=SCHEMA) == "Hi there"  # asked without
 
 
 def test_another_refusal_is_a_failure_of_the_server(server):
-    server.refuse = [(400, {"error": {"message": "the prompt is too long"}})]
-    with pytest.raises(LLMError, match="too long"):
-        llm_of(server).generate_structured(ASK, SCHEMA, max_tokens=9)
+    server.refuse = [(400, {"error": {"message": "the prompt is too long"}}), (401, {}), *[(500, "oops")] * 3]
+    server.stream = sse(event("{}"), DONE)
+    llm = llm_of(server)
+    for problem in ("too long", "wants an API key", "oops"):
+        with pytest.raises(LLMError, match=problem):
+            llm.generate_structured(ASK, SCHEMA, max_tokens=9)
+    assert llm.generate_structured(ASK, SCHEMA, max_tokens=9) == "{}"  # and is asked again with a schema
