@@ -11,21 +11,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from memory_os.types import Candidate, Certainty, Decision, Form, Kind, Message, Namespace, NewSegment, Segment, Trace
+from memory_os.types import (
+    BankOptions,
+    CachedPrompt,
+    Candidate,
+    Certainty,
+    Decision,
+    Form,
+    Kind,
+    Message,
+    Namespace,
+    NewSegment,
+    Segment,
+    Trace,
+)
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from memory_os.archive import Archive
 
     Vector = NDArray[np.float32]
     Matrix = NDArray[np.float32]
+    Matrix3 = NDArray[np.float32]
 
 __all__ = [
+    "KV",
     "LLM",
+    "Bank",
+    "BankStatus",
     "CachingLLM",
     "CitingController",
     "Controller",
@@ -140,16 +158,113 @@ class QuestionScoringLLM(ScoringLLM, Protocol):
         """As ``read``, with ``Reading.question``."""
 
 
+@dataclass(frozen=True, slots=True)
+class KV:
+    """Keys and values of a text in every layer of a frozen model.
+
+    :param ids: the text's tokens.
+    :param keys: before rotation, ``[layers, kv_heads, tokens, head_dim]``.
+    :param values: of the same shape and dtype.
+    :param surprisal: mean surprisal of the tenth of its tokens that were least expected, nats; ``None`` where it was
+        not asked for.
+    """
+
+    ids: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+    surprisal: float | None = None
+
+
 @runtime_checkable
-class CachingLLM(Protocol):
-    """An LLM whose keys and values can be kept and injected (LongMem)."""
+class CachingLLM(LLM, Protocol):
+    """An LLM whose keys and values can be kept and injected (LongMem, training-free)."""
 
     @property
-    def kv_fingerprint(self) -> str:
-        """Changes whenever cached keys and values would no longer fit this model."""
+    def search_layer(self) -> int:
+        """The layer whose keys tell best what a query is about, counted from 0."""
 
-    def encode_kv(self, text: str) -> Sequence[tuple[Any, Any]]:
-        """Keys and values per layer, each ``[kv_heads, tokens, head_dim]``, before rotation."""
+    def kv_fingerprint(self, prompt: CachedPrompt) -> str:
+        """Changes whenever keys and values of before no longer fit: weights, tokenizer, RoPE, template, beginning.
+
+        :raises CapabilityError: if this model's keys and values cannot be moved, or too much is lost by it.
+        """
+
+    def encode_kv(self, prompt: CachedPrompt, *, surprisal: bool = False) -> Iterator[KV]:
+        """Keys and values of each line, in order, computed after the prompt's beginning alone."""
+
+    def query_keys(self, text: str, layer: int) -> Matrix3:
+        """What the tokens of a query look for: queries before rotation, ``[tokens, kv_heads, head_dim]`` float32."""
+
+    def count_cached(self, prompt: CachedPrompt) -> int:
+        """Tokens of the whole prompt, the cached ones included."""
+
+    def generate_cached(
+        self, prompt: CachedPrompt, memory: Sequence[KV], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """As ``generate``, with each line's keys and values in place of its text."""
+
+    def continuations(self, prompt: CachedPrompt, memory: Sequence[KV], texts: Sequence[str]) -> list[float]:
+        """How likely each text is to come next, as log-probability in nats, summed over its tokens."""
+
+
+class BankStatus(NamedTuple):
+    """What a namespace has in the bank.
+
+    :param n_stale: entries of another model, system prompt or form; they leave first.
+    """
+
+    n_segments: int
+    n_tokens: int
+    n_bytes: int
+    n_stale: int
+
+
+class Bank(Protocol):
+    """The bounded cache of keys and values by segment: derived, and rebuilt from the records at will.
+
+    ``fingerprint`` is ``CachingLLM.kv_fingerprint``; entries under another one are never given back.
+    """
+
+    @property
+    def options(self) -> BankOptions:
+        """Its bounds and form."""
+
+    def entries(self, namespace: Namespace, fingerprint: str) -> dict[str, int]:
+        """``{segment id: tokens}`` of what is there, in the order of ``seq``."""
+
+    def get(self, namespace: Namespace, fingerprint: str, ids: Sequence[str]) -> dict[str, KV]:
+        """Those that are there and whole; a damaged one is removed. Counts as use."""
+
+    def put(self, namespace: Namespace, fingerprint: str, entries: Mapping[str, KV], layer: int) -> list[str]:
+        """Store, and let go what is over the bounds; gives back the ids that are not, or no longer, there.
+
+        What would leave again at once is not written. Segments that do not exist are passed over.
+
+        :param layer: whose keys are searched.
+        """
+
+    def search(self, namespace: Namespace, fingerprint: str, queries: Matrix3, k: int) -> list[tuple[str, float]]:
+        """The ``k`` segments to which the tokens of a query attend most, with their share of the attention, in 0 to 1.
+
+        Each token and head finds its ``k_chunks`` best chunks by inner product with the mean key.
+
+        :param queries: ``CachingLLM.query_keys``.
+        """
+
+    def status(self, namespace: Namespace, fingerprint: str) -> BankStatus:
+        """What is there now."""
+
+    def drop(self, namespace: Namespace) -> None:
+        """Remove everything of the namespace."""
+
+    def check(self) -> list[str]:
+        """Faults of the whole bank: damaged entries, and files that belong to none. Read-only."""
+
+    def repair(self) -> int:
+        """Remove what ``check`` finds; gives back how much that was."""
+
+    def close(self) -> None:
+        """Let go of files and memory."""
 
 
 class Embedder(Protocol):
@@ -442,6 +557,12 @@ class MemoryView(Protocol):
         self, segment: Segment, score: float, signals: Mapping[str, float], contributions: Mapping[str, float]
     ) -> Candidate:
         """Make a segment of the archive a candidate, with the controller's own score; it then needs a verdict."""
+
+    def attended(self, k: int) -> Sequence[Candidate]:
+        """The ``k`` segments of the bank to which the query's tokens attend most, best first; each needs a verdict.
+
+        Its share of attention is the signal ``attention``, also of those that recall offered.
+        """
 
     def cost(self, segment: Segment, form: Form, text: str) -> int:
         """Tokens of the segment in the context with this text in place of its own."""

@@ -12,11 +12,13 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypedDict
 
-from memory_os.errors import NamespaceError
+from memory_os.errors import ConfigError, NamespaceError
 
 __all__ = [
     "Account",
     "Action",
+    "BankOptions",
+    "CachedPrompt",
     "Candidate",
     "Certainty",
     "Choice",
@@ -181,6 +183,63 @@ class Certainty:
     question_nll: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BankOptions:
+    """How the bank of cached keys and values is kept; bounds hold for each namespace.
+
+    :param max_tokens: most tokens in it; the paper's 65,536.
+    :param max_bytes: most bytes of it on disk.
+    :param policy: what leaves it first: ``"fifo"`` (the oldest; LongMem), ``"lru"`` (what was not used for longest) or
+        ``"surprisal"`` (what surprised the model least, faded by age; SirLLM, arXiv 2405.12528).
+    :param decay: of ``"surprisal"``: what is left of it after each segment that came since, in (0, 1].
+    :param dtype: of keys and values on disk: ``"float16"`` or ``"int8"``.
+    :param resident_bytes: most bytes of loaded entries that stay in memory between turns.
+    :param chunk_tokens: tokens whose mean key is searched; the paper's 4.
+    :param k_chunks: chunks that each token of a query finds; the paper's 16 (64 tokens in chunks of 4).
+    :param layer: whose keys are searched, counted from 0; by default the LLM's own choice.
+    """
+
+    max_tokens: int = 65_536
+    max_bytes: int = 1_600_000_000
+    policy: Literal["fifo", "lru", "surprisal"] = "fifo"
+    decay: float = 0.99
+    dtype: Literal["float16", "int8"] = "float16"
+    resident_bytes: int = 256_000_000
+    chunk_tokens: int = 4
+    k_chunks: int = 16
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_bytes", "chunk_tokens", "k_chunks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"bank: {name} must be at least 1, not {getattr(self, name)}")
+        if self.resident_bytes < 0:
+            raise ConfigError(f"bank: resident_bytes must not be negative: {self.resident_bytes}")
+        if not 0.0 < self.decay <= 1.0:
+            raise ConfigError(f"bank: decay must be above 0 and at most 1, not {self.decay}")
+        for name, known in (("policy", ("fifo", "lru", "surprisal")), ("dtype", ("float16", "int8"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"bank: {name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrompt:
+    """A prompt whose memory enters as keys and values, which were computed line by line after the same beginning.
+
+    :param system: the system prompt; may be empty.
+    :param opening: how the first user message begins, up to the memory.
+    :param lines: the memory; each is encoded by itself, so that its tokens do not depend on its neighbours.
+    :param messages: what follows. The first one is the user's, and continues the message that the memory is in.
+    :param plain: whether all of it is plain text, one after the other, and no chat: for text to be continued.
+    """
+
+    system: str
+    opening: str
+    lines: tuple[str, ...]
+    messages: tuple[Message, ...]
+    plain: bool = False
+
+
 class Form(StrEnum):
     """How an activated segment enters the context."""
 
@@ -215,6 +274,7 @@ class Reason(StrEnum):
     QUOTED = "quoted by the LLM, and verified"
     LINKED = "linked to what was found before it"
     FALLBACK = "fallback to plain recall"
+    ATTENDED = "the model's attention found it in the bank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +451,7 @@ class Context:
     :param text: the fenced memory alone, for callers who place it in a prompt of their own; may be empty.
     :param segments: the activated segments in the order of ``seq``.
     :param reply: the answer that the controller gives by itself; the LLM need not be asked.
+    :param cached: where memory is to enter as cached keys and values, the same prompt with its lines apart.
     """
 
     messages: tuple[Message, ...]
@@ -398,6 +459,7 @@ class Context:
     segments: tuple[Segment, ...]
     trace: Trace
     reply: str | None = None
+    cached: CachedPrompt | None = None
 
     @property
     def n_tokens(self) -> int:

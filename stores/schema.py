@@ -1,8 +1,8 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
 ``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are
-derived from ``segments``, ``activations`` from ``traces``, ``scores`` from texts and a model; they can be rebuilt at
-any time.
+derived from ``segments``, ``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model; they can be
+rebuilt at any time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -26,6 +27,7 @@ __all__ = [
     "SUMMARY_TASK",
     "VECTOR_TASK",
     "activations",
+    "bank",
     "metadata",
     "namespaces",
     "pending",
@@ -36,7 +38,7 @@ __all__ = [
     "vectors",
 ]
 
-HEAD = "0004"
+HEAD = "0005"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -132,6 +134,23 @@ scores = Table(
     Column("key", Text, nullable=False),  # digest of model, question and text
     Column("value", JSON, nullable=False),
     UniqueConstraint("namespace_id", "key"),
+)
+
+bank = Table(
+    "bank",
+    metadata,
+    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("fingerprint", Text, primary_key=True),  # of model, prompt and form
+    Column("namespace_id", Integer, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("file", Text, nullable=False),  # its name in the namespace's folder
+    Column("n_tokens", Integer, nullable=False),
+    Column("n_bytes", Integer, nullable=False),  # of the file and the chunks together
+    Column("sha256", Text, nullable=False),  # of the file
+    Column("used", Integer, nullable=False),  # the namespace's last seq when it was last written or used
+    Column("surprisal", Float),
+    Column("chunks", LargeBinary, nullable=False),  # mean keys, float16, [chunks, kv_heads, head_dim]
+    Index("ix_bank_namespace", "namespace_id", "seq"),
 )
 
 traces = Table(

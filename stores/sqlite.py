@@ -18,13 +18,14 @@ from sqlalchemy import func, select
 
 from memory_os.lexical import terms_of
 from memory_os.protocols import Profile, State
-from memory_os.stores import digest, fulltext
+from memory_os.stores import digest, fulltext, manifest
 from memory_os.stores.checkup import find_faults, mend
 from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
 from memory_os.stores.schema import (
     SUMMARY_TASK,
     VECTOR_TASK,
+    bank,
     namespaces,
     pending,
     scores,
@@ -238,11 +239,14 @@ class SqliteStore:
 
         All scores of the namespace go: nothing tells of which texts they are.
         """
-        counts = dict.fromkeys(("segments", "vectors", "lexical", "summaries", "pending", "scores", "traces"), 0)
+        places = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
+        counts = dict.fromkeys(places, 0)
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
-            for part in parts(digest.with_summaries(connection, ns, ids)):
+            going = digest.with_summaries(connection, ns, ids)
+            counts["bank"] = manifest.forget(connection, manifest.bank_folder(self.path), ns, going)
+            for part in parts(going):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
                 )
@@ -564,7 +568,7 @@ class SqliteStore:
             ).one()
             count = {
                 table.name: connection.execute(select(func.count()).where(table.c.namespace_id == ns)).scalar_one()
-                for table in (vectors, summaries, pending, scores, traces)
+                for table in (vectors, summaries, pending, scores, bank, traces)
             }
         return {
             "segments": row[0],

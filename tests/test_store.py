@@ -127,7 +127,9 @@ def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     kept, gone = store.append(ALICE, turns("keep the boat", "drop the kite"))
     store.put_vectors(ALICE, "f", [kept.id, gone.id], np.eye(2, 4, dtype=np.float32))
     counts = store.delete(ALICE, [gone.id])
-    assert counts == {"segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "traces": 0}
+    assert counts == {
+        "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
+    }  # fmt: skip
     assert store.search(ALICE, "kite", 5) == []
     assert [id_ for id_, _ in store.search(ALICE, "boat", 5)] == [kept.id]
     assert store.read_vectors(ALICE, "f")[0] == [kept.id]
