@@ -20,23 +20,38 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.tokenizers import end_before
-from memory_os.errors import ConfigError, LLMError, MemoryOSError, UnknownNameError
-from memory_os.protocols import Reading
-from memory_os.types import Message
+from memory_os.errors import CapabilityError, ConfigError, LLMError, MemoryOSError, UnknownNameError
+from memory_os.protocols import KV, Reading
+from memory_os.types import CachedPrompt, Message
 
 if TYPE_CHECKING:
     import torch
 
+    from memory_os.adapters.caching import Divergence, Repair, Splicer
     from memory_os.adapters.scoring import KeptKV, SegmentReader
+    from memory_os.protocols import Matrix3
 
 __all__ = ["HuggingFaceLLM", "cpu_has_bfloat16", "package_file", "quiet_transformers", "torch_dtype"]
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 CONVERSION = 1  # goes up when what is written into the cache changes
+DEPTH = 0.7
+"""How deep the layer is whose keys are searched, of all: LongMem's is the 17th of 24."""
+MOST_MOVED = 0.02
+"""Nats by which one segment's cached keys and values may change the next token: rounding, no more."""
+MOST_SPLICED = 0.5
+"""Of what the memory is worth, so much at most may be lost where two segments refer to each other."""
+PROBE = (
+    "Anna: I have put the blue key into the tea tin.\n",
+    "Anna: The tea tin stands in the kitchen, behind the bread.\n",
+    "Anna, in which room is the blue key? The blue key is in the",
+)
+"""Two segments, and a question about both."""
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +68,7 @@ class HuggingFaceLLM:
     :param cache_dir: where converted GGUF files are kept.
     :param kept: keys and values of segments that were read, to read them from instead of computing them again; what is
         not in it is put there, and bounding it is its own affair. Made for this model alone.
+    :param repair: what is computed again where cached segments are spliced; by default what was measured best.
     :raises UnknownNameError: for a model that is not there; a name on the hub is looked up at the first use.
     """
 
@@ -68,9 +84,12 @@ class HuggingFaceLLM:
         no_repeat_ngram: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         kept: KeptKV | None = None,
+        repair: Repair | None = None,
     ) -> None:
         self.name = model
         self.kept = kept
+        self.repair = repair
+        self.notes: list[str] = []
         self._gguf = _gguf_file(model)
         self._dtype = dtype
         self._context_window = context_window
@@ -109,7 +128,13 @@ class HuggingFaceLLM:
         finally:
             pieces.close()
 
-    def _pieces(self, prompt: list[int], max_tokens: int) -> Generator[str, None, None]:
+    def _pieces(
+        self, prompt: list[int], max_tokens: int, past: Callable[[], dict[str, Any]] = dict
+    ) -> Generator[str, None, None]:
+        """The reply as it is made.
+
+        :param past: gives the keys and values of the prompt's beginning, as an argument of the model.
+        """
         if len(prompt) + max_tokens > self.context_window:
             problem = f"a prompt of {len(prompt)} tokens and a reply of {max_tokens} do not fit into its context window"
             raise LLMError(self.name, f"{problem} of {self.context_window}; shorten either")
@@ -123,7 +148,7 @@ class HuggingFaceLLM:
             TextIteratorStreamer,
         )
 
-        model = self.model
+        model, known = self.model, past()
         ids = torch.tensor([prompt], device=model.device)
         streamer: Any = TextIteratorStreamer(self._chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed, failures = threading.Event(), list[Exception]()
@@ -147,6 +172,7 @@ class HuggingFaceLLM:
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([is_closed]),
                     logits_processor=LogitsProcessorList(processors),
+                    **known,
                     **self._sampling(),
                 )
             except Exception as error:  # raised in the reader's thread, below
@@ -194,10 +220,8 @@ class HuggingFaceLLM:
             problem = f"a segment, the question and the answer's beginning have {longest} tokens together"
             raise LLMError(self.name, f"{problem}, its context window {self.context_window}; make segments shorter")
         reader = self._reader(prefix)
-        try:
+        with self._failures():
             yield from reader.read(texts, asked, cue, with_question=with_question, kept=self.kept)
-        except RuntimeError as error:  # torch's, out of memory among them
-            raise LLMError(self.name, f"{type(error).__name__}: {error}") from error
 
     def prompt_of(self, segment: str, question: str, stem: str) -> list[int]:
         """Token ids of what ``read`` has the model read for one segment."""
@@ -212,6 +236,140 @@ class HuggingFaceLLM:
 
         reader: SegmentReader = self._once("reader", load)
         return reader
+
+    # -- keys and values that are kept (LongMem, training-free) -----------------------------------------------------
+
+    @property
+    def search_layer(self) -> int:
+        """The layer whose keys are searched, counted from 0."""
+        return int(DEPTH * int(self.model.config.num_hidden_layers))
+
+    @property
+    def divergence(self) -> Divergence:
+        """What the self-check measured, which runs when keys and values are first used.
+
+        :raises CapabilityError: if this model's cannot be moved, or too much is lost by it.
+        """
+        checked: Divergence = self._once("divergence", self._check_splicing)
+        return checked
+
+    def kv_fingerprint(self, prompt: CachedPrompt) -> str:
+        """Changes with weights, RoPE, tokenizer, chat template, and what stands before the memory.
+
+        :raises CapabilityError: as ``divergence``.
+        """
+        _ = self.divergence
+        model: str = self._once("kv fingerprint", lambda: f"{self._splicer.fingerprint()} {self._chat.fingerprint()}")
+        head, _, _ = self._chat.around_memory(prompt)
+        return f"{self.name} {model} {hashlib.sha256(repr(head).encode()).hexdigest()[:16]}"
+
+    def encode_kv(self, prompt: CachedPrompt, *, surprisal: bool = False) -> Iterator[KV]:
+        """Keys and values of each line of the memory, in order, computed after the prompt's beginning alone.
+
+        :raises LLMError: if a line does not fit into the context window, or the model fails.
+        """
+        head, lines, _ = self._chat.around_memory(prompt)
+        longest = len(head) + max(map(len, lines), default=0)
+        if longest > self.context_window:
+            problem = f"a segment and what is before it have {longest} tokens, its context window {self.context_window}"
+            raise LLMError(self.name, f"{problem}; make segments shorter")
+        with self._failures():
+            yield from self._splicer.encode(head, lines, surprisal=surprisal)
+
+    def ids_of(self, prompt: CachedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
+        """Token ids of what stands before the memory, of each of its lines, and of what follows."""
+        return self._chat.around_memory(prompt)
+
+    def query_keys(self, text: str, layer: int) -> Matrix3:
+        """What the tokens of a query look for in a layer, ``[tokens, kv_heads, head_dim]`` float32, before rotation."""
+        if not 0 <= layer < self._splicer.n_layers:
+            raise ConfigError(f"bank: {self.name} has the layers 0 to {self._splicer.n_layers - 1}, not {layer}")
+        with self._failures():
+            return self._splicer.query_keys(self._chat.beginning, self._chat.text(text), layer)
+
+    def count_cached(self, prompt: CachedPrompt) -> int:
+        """Tokens of exactly what ``generate_cached`` has the model attend to."""
+        head, lines, tail = self._chat.around_memory(prompt)
+        return len(head) + sum(map(len, lines)) + len(tail)
+
+    def generate_cached(
+        self, prompt: CachedPrompt, memory: Sequence[KV], *, max_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """Yield the reply to a prompt whose memory is not read again: its keys and values are put in place.
+
+        :raises LLMError: as ``generate``, and if ``memory`` is not that of the prompt's lines.
+        """
+        head, lines, tail = self._chat.around_memory(prompt)
+        self._check_memory(memory, lines)
+
+        def past() -> dict[str, Any]:
+            with self._failures():
+                return self._splicer.as_argument(head, memory, self._repair)
+
+        pieces = self._pieces([*head, *chain.from_iterable(lines), *tail], max_tokens, past)
+        try:
+            yield from end_before(pieces, stop)
+        finally:
+            pieces.close()
+
+    def continuations(self, prompt: CachedPrompt, memory: Sequence[KV], texts: Sequence[str]) -> list[float]:
+        """How likely each text is to come next, as log-probability in nats, summed over its tokens.
+
+        :raises LLMError: as ``generate_cached``; and for a text without tokens.
+        """
+        head, lines, tail = self._chat.around_memory(prompt)
+        self._check_memory(memory, lines)
+        options = [self._chat.text(text) for text in texts]
+        if not all(options):
+            raise LLMError(self.name, "an empty text cannot come next")
+        n_tokens = len(head) + sum(map(len, lines)) + len(tail) + max(map(len, options), default=0)
+        if n_tokens > self.context_window:
+            raise LLMError(self.name, f"a prompt of {n_tokens} tokens is over its context window {self.context_window}")
+        with self._failures():
+            return self._splicer.continuations(head, memory, self._repair, tail, options)
+
+    def _check_memory(self, memory: Sequence[KV], lines: Sequence[Sequence[int]]) -> None:
+        if [kv.ids for kv in memory] != [tuple(line) for line in lines]:
+            raise LLMError(self.name, "the keys and values given are not those of the prompt's lines")
+
+    @property
+    def _repair(self) -> Repair:
+        from memory_os.adapters.caching import Repair
+
+        return self.repair or Repair()
+
+    @property
+    def _splicer(self) -> Splicer:
+        def load() -> Splicer:
+            from memory_os.adapters.caching import Splicer
+
+            return Splicer(self.name, self.model)
+
+        splicer: Splicer = self._once("splicer", load)
+        return splicer
+
+    def _check_splicing(self) -> Divergence:
+        first, second, asked = map(self._chat.text, PROBE)
+        with self._failures():
+            found = self._splicer.divergence(self._chat.beginning, first, second, asked)
+        told = (
+            f"bank: cached keys and values against full prefill, next token: {found.moved:.4f} nats for one segment, "
+            f"{found.spliced:.4f} for two that refer to each other, {found.without:.2f} without memory"
+        )
+        log.info("%s: %s", self.name, told)
+        if not (found.moved <= MOST_MOVED and found.spliced <= MOST_SPLICED * found.without):
+            from memory_os.adapters.caching import CONTROLLER, EXAMPLE
+
+            raise CapabilityError(CONTROLLER, "CachingLLM", EXAMPLE, f"{self.name} loses too much by it ({told})")
+        self.notes.append(told)
+        return found
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch's, out of memory among them
+            raise LLMError(self.name, f"{type(error).__name__}: {error}") from error
 
     def _read_fingerprint(self) -> str:
         """Of the file's content for GGUF; of the weights' names, sizes and times of change for a folder."""
@@ -295,8 +453,9 @@ class HuggingFaceLLM:
 class _ChatTokenizer:
     """Turns messages into the token ids of a prompt that no content can break out of."""
 
-    # around a special token that a content spells out; noncharacters, which no text in any language has
-    START, END = "\ufdd0", "\ufdd1"
+    # around a special token that a content spells out, and where the memory stands; noncharacters, which no text in
+    # any language has
+    START, END, MEMORY = "\ufdd0", "\ufdd1", "\ufdd2"
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
@@ -337,9 +496,41 @@ class _ChatTokenizer:
         """What stands before a segment, the question after it, and the beginning of the answer."""
         from memory_os.adapters.scoring import after_segment
 
-        first = self.tokenizer.bos_token_id
         asked, cue = after_segment(question, stem)
-        return self._encode("\n") if first is None else [first], self.text(asked), self.text(cue)
+        return self.beginning, self.text(asked), self.text(cue)
+
+    @property
+    def beginning(self) -> list[int]:
+        """What plain text begins with: something that all else can attend to."""
+        first = self.tokenizer.bos_token_id
+        return self._encode("\n") if first is None else [first]
+
+    def around_memory(self, prompt: CachedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
+        """Ids of what stands before the memory, of each of its lines by itself, and of what follows."""
+        lines = [self.text(line) for line in prompt.lines]
+        if prompt.plain:
+            before = self.text(f"{prompt.system}{prompt.opening}")
+            return self.beginning + before, lines, self.text("".join(each["content"] for each in prompt.messages))
+        import jinja2
+
+        system: list[Message] = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        chat: list[dict[str, Any]] = [
+            {**message, "content": self._mark(message["content"].replace(self.MEMORY, ""))}
+            for message in (*system, *prompt.messages)
+        ]
+        first = chat[len(system)]
+        first["content"] = f"{prompt.opening}{self.MEMORY}{first['content']}"
+        try:
+            rendered = self._render(chat if self._takes_system else _fold_system(chat))
+        except jinja2.TemplateError as error:
+            raise LLMError(self.name, f"its chat template refuses the messages: {error}") from error
+        head, _, tail = rendered.partition(self.MEMORY)
+        return self._encode_marked(head), lines, self._encode_marked(tail)
+
+    def fingerprint(self) -> str:
+        """Changes with the tokenizer and with its chat template."""
+        content = f"{self.tokenizer.backend_tokenizer.to_str()}{self.tokenizer.get_chat_template()}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def _render(self, chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         rendered: str = self.tokenizer.apply_chat_template(

@@ -16,7 +16,15 @@ from memory_os.protocols import Reading
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BATCH_TOKENS", "KeptKV", "SegmentReader", "after_segment"]
+__all__ = [
+    "BATCH_TOKENS",
+    "KeptKV",
+    "SegmentReader",
+    "after_segment",
+    "cache_argument",
+    "in_batches",
+    "padded_width",
+]
 
 BATCH_TOKENS = 4096
 """Tokens of a batch, questions and padding counted: with SmolLM2 about 90 MB of keys and values."""
@@ -37,6 +45,11 @@ def after_segment(question: str, stem: str) -> tuple[str, str]:
     return f"\n\nQuestion: {question}\n", f"Answer: {stem}".rstrip()
 
 
+def cache_argument(model: Any) -> str:
+    """The name under which the model takes keys and values: transformers 5.24 changed it, and warns of the old one."""
+    return "cache" if "cache" in signature(model.model.forward).parameters else "past_key_values"
+
+
 class SegmentReader:
     """Reads segments with one causal model.
 
@@ -47,9 +60,7 @@ class SegmentReader:
         self._model = model
         self._prefix = list(prefix)
         self._prefix_kv: Any = None
-        # transformers 5.24 has given it another name, and warns of the old one
-        known = signature(model.model.forward).parameters
-        self._cache_name = "cache" if "cache" in known else "past_key_values"
+        self._cache_name = cache_argument(model)
 
     def read(
         self,
@@ -70,7 +81,7 @@ class SegmentReader:
         import torch
 
         readings: dict[int, Reading] = {}
-        for batch in _batches(segments, len(self._prefix) + len(question) + len(cue)):
+        for batch in in_batches(segments, len(self._prefix) + len(question) + len(cue)):
             own = [segments[place] for place in batch]
             with torch.inference_mode():  # not around the yield: it would hold in the caller's code
                 made = self._batch(own, [*question, *cue], len(question) if with_question else 0, kept)
@@ -117,7 +128,7 @@ class SegmentReader:
         if self._prefix_kv is None:
             self._prefix_kv = self._forward([self._prefix], None)
         # padded on the right: no token attends to what comes after it
-        width = _width(segments[0])
+        width = padded_width(segments[0])
         rows = [[*ids, *[0] * (width - len(ids))] for ids in segments]
         past = [(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1)) for k, v in self._prefix_kv]
         layers = self._forward(rows, past)
@@ -146,7 +157,7 @@ class SegmentReader:
 
         start = len(self._prefix)
         lengths = [kv.shape[3] for kv in segments]
-        width = _width(range(lengths[0]))
+        width = padded_width(range(lengths[0]))
         mask = torch.zeros(len(segments), start + width, dtype=torch.long, device=self._model.device)
         for row, n in enumerate(lengths):
             mask[row, : start + n] = 1
@@ -164,19 +175,19 @@ class SegmentReader:
         return DynamicCache(layers, config=self._model.config), mask
 
 
-def _batches(segments: Sequence[Sequence[int]], n_around: int) -> Iterator[list[int]]:
+def in_batches(segments: Sequence[Sequence[int]], n_around: int, step: int = WIDTH) -> Iterator[list[int]]:
     """Places of segments of one width, in runs of at most ``BATCH_TOKENS`` with what is around them; at least one."""
     by_width: dict[int, list[int]] = {}
     for place, ids in enumerate(segments):
-        by_width.setdefault(_width(ids), []).append(place)
+        by_width.setdefault(padded_width(ids, step), []).append(place)
     for width, places in by_width.items():
         size = max(BATCH_TOKENS // (width + n_around), 1)
         yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
-def _width(ids: Sequence[int]) -> int:
+def padded_width(ids: Sequence[int], step: int = WIDTH) -> int:
     """The tokens to which a segment is padded: by its own length, whatever else is read.
 
     In 16 bits another padding gives other last digits, which moved entropies by up to 0.1 nats.
     """
-    return max(-(-len(ids) // WIDTH), 1) * WIDTH
+    return max(-(-len(ids) // step), 1) * step

@@ -41,7 +41,7 @@ from memory_os.types import Action, Candidate, Certainty, Choice, Decision, Form
 from memory_os.view import View
 from memory_os.windows import windows
 
-__all__ = ["KINDS", "PARTS", "cost", "document", "ranking", "rerank", "with_sentence"]
+__all__ = ["KINDS", "PARTS", "cost", "document", "ranking", "rerank", "segments_of", "share", "with_sentence"]
 
 PARTS = ("ranking", "rerank", "document", "cost")
 
@@ -74,14 +74,14 @@ def ranking(
     riddles: Sequence[Riddle] = RIDDLES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """R@1 and R@3 by kind, number of segments and system, with 95 % confidence intervals; see ``_share``.
+    """R@1 and R@3 by kind, number of segments and system, with 95 % confidence intervals; see ``share``.
 
     :param trials: of each riddle; every one in another place.
     :param seed: of what is planted where.
     """
     rng = random.Random(seed)
     n_pool = POOL * max(sizes)
-    drawn = _segments(book, llm, n_pool + trials * len(riddles) * N_PLANTED, rng)
+    drawn = segments_of(book, llm, n_pool + trials * len(riddles) * N_PLANTED, rng)
     pool, hosts = drawn[:n_pool], iter(drawn[n_pool:])
     vectors = embedder.embed_documents(pool)
     kept: KeptKV = {}
@@ -110,7 +110,7 @@ def ranking(
     return {
         kind: {
             str(size): {
-                system: {f"r@{k}": _share([rank < k for rank in ranks[kind, size, system]], trials) for k in (1, 3)}
+                system: {f"r@{k}": share([rank < k for rank in ranks[kind, size, system]], trials) for k in (1, 3)}
                 for system in SYSTEMS
             }
             for size in sizes
@@ -119,7 +119,7 @@ def ranking(
     }
 
 
-def _segments(book: Book, llm: HuggingFaceLLM, n: int, rng: random.Random) -> list[str]:
+def segments_of(book: Book, llm: HuggingFaceLLM, n: int, rng: random.Random) -> list[str]:
     """Windows of the book, drawn at random."""
     cut = windows(book.sentences, llm.count_text, SEGMENT_TOKENS, 0)
     texts = ["".join(window).strip() for window in cut]
@@ -186,7 +186,7 @@ class Reader:
         }
 
 
-def _share(hits: Sequence[bool], together: int) -> dict[str, float]:
+def share(hits: Sequence[bool], together: int) -> dict[str, float]:
     """The share of hits in percent, and its 95 % confidence interval after Wilson.
 
     Trials of one fact resemble each other, so they count as fewer: as many as would vary as the facts' shares do.
@@ -194,14 +194,14 @@ def _share(hits: Sequence[bool], together: int) -> dict[str, float]:
     :param together: so many neighbours are trials of one fact.
     """
     total, z = len(hits), 1.96
-    share = sum(hits) / total
+    part = sum(hits) / total
     by_fact = [statistics.fmean(hits[start : start + together]) for start in range(0, total, together)]
     spread = statistics.variance(by_fact) / len(by_fact) if len(by_fact) > 1 else 0.0
-    n = min(max(share * (1 - share) / spread, len(by_fact)), total) if spread else len(by_fact)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    n = min(max(part * (1 - part) / spread, len(by_fact)), total) if spread else len(by_fact)
+    middle = (part + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(part * (1 - part) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     low, high = max(middle - half, 0.0), min(middle + half, 1.0)
-    return {"percent": round(100 * share, 1), "low": round(100 * low, 1), "high": round(100 * high, 1), "n": total}
+    return {"percent": round(100 * part, 1), "low": round(100 * low, 1), "high": round(100 * high, 1), "n": total}
 
 
 # -- beside recall -----------------------------------------------------------------------------------------------------

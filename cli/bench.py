@@ -279,6 +279,78 @@ def atc(
 
 
 @app.command()
+def bank(
+    books: Annotated[
+        list[Path] | None, typer.Option("--data", help="English books as text files; the project's own if left out.")
+    ] = None,
+    parts: Annotated[
+        str, typer.Option("--parts", help="With commas: exact, first-token, answers, storage, growth, icl.")
+    ] = "exact,first-token,answers,storage,growth,icl",
+    sizes: Annotated[str, typer.Option("--sizes", help="Tokens of memory of first-token.")] = "512,1024,2048,4096",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Of first-token.")] = 5,
+    counts: Annotated[str, typer.Option("--counts", help="Segments of answers.")] = "1,3,8",
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Of each of the 25 facts of answers.")] = 4,
+    repairs: Annotated[str, typer.Option("--repairs", help="Of answers; with commas, or all.")] = "spliced",
+    tokens: Annotated[str, typer.Option("--tokens", help="Of the bank of storage.")] = "65536",
+    grown: Annotated[str, typer.Option("--grown", help="Tokens of the banks of growth.")] = "1k,4k,16k,65536",
+    examples: Annotated[
+        Path | None, typer.Option("--icl", help="A folder with sst2_train.tsv and sst2_dev.tsv, for icl.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most sentences of icl.")] = None,
+    json: Json = False,
+    embedder: Embedder = "minilm",
+) -> None:
+    """Measure the bank of cached keys and values with SmolLM2, beside the same memory read as text.
+
+    All of it takes an hour on two cores; --parts chooses.
+
+    Example: memos bench bank --parts first-token,answers
+
+    JSON: by part: exact {what: difference}, first-token {tokens: {text_ms, spliced_ms, ..., text_over_cached}}, answers
+    {segments: {way: {percent, low, high, n, of_full, same, kl}}}, storage {dtype: {bytes_on_disk, ...}}, growth
+    {tokens: {search_ms, first_token_ms, peak_mb, ...}}, icl {systems: {name: {plain, calibrated, ms}}, bank, ...}.
+    """
+    from memory_os.adapters.huggingface import HuggingFaceLLM
+    from memory_os.benchmarks import bank, icl, measure, needle
+    from memory_os.build import make_embedder
+    from memory_os.errors import InvalidInputError, UnknownNameError
+
+    wanted = words(parts)
+    known = list(bank.REPAIRS)
+    chosen = known if repairs == "all" else words(repairs)
+    for kind, names, all_names in (("part", wanted, bank.PARTS), ("repair", chosen, known)):
+        for name in names:
+            if name not in all_names:
+                raise UnknownNameError(kind, name, all_names)
+    files = books or sorted(measure.SHARED.glob("*.txt"))
+    book = needle.books(files).get("en") if files else None
+    if book is None:
+        raise InvalidInputError("no English book given; name one with --data FILE")
+    folder = examples or measure.SHARED / "icl"
+    llm = HuggingFaceLLM()
+    report: dict[str, Any] = {}
+    with progress() as show:
+        if "exact" in wanted:
+            report["exact"] = bank.exactness(book)
+        if "first-token" in wanted:
+            report["first-token"] = bank.first_token(book, llm=llm, sizes=numbers(sizes), rounds=rounds, progress=show)
+        if "answers" in wanted:
+            report["answers"] = bank.agreement(
+                book, llm=llm, counts=numbers(counts), trials=trials, repairs=chosen, progress=show
+            )
+        if "storage" in wanted:
+            report["storage"] = bank.storage(book, llm=llm, tokens=numbers(tokens)[0], progress=show)
+        if "growth" in wanted:
+            report["growth"] = bank.growth(book, llm=llm, sizes=numbers(grown), progress=show)
+        if "icl" in wanted:
+            train, dev = (icl.read_tsv(folder / f"sst2_{name}.tsv") for name in ("train", "dev"))
+            report["icl"] = icl.measure(
+                train, dev, llm=llm, embedder=make_embedder(embedder), limit=limit, progress=show
+            )
+    figures.print_bank(report, json)
+
+
+@app.command()
 def needle(
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Books as text files; the project's own if left out.")

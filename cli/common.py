@@ -49,7 +49,7 @@ Embedder = Annotated[
 Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
 Controller = Annotated[
     str | None,
-    typer.Option("--controller", help="What decides: auto, scm, xl3m, alr2, recency.", rich_help_panel="Settings"),
+    typer.Option("--controller", help="auto, scm, xl3m, alr2, longmem-free or recency.", rich_help_panel="Settings"),
 ]
 Tokenizer = Annotated[
     str | None,
@@ -92,6 +92,7 @@ def opened(
         reply_tokens=settings.reply_tokens,
         flash_turns=settings.flash_turns,
         system=settings.system,
+        bank=settings.bank,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

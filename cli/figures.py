@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "print_bank",
     "print_chains",
     "print_evidence",
     "print_needles",
@@ -131,6 +132,37 @@ def print_xl3m(report: dict[str, Any], json: bool) -> None:
         for length, figure in lengths.items():
             table.add_row(length, *(str(value) for value in figure.values()))
         out.print(table)
+
+
+def print_bank(report: dict[str, Any], json: bool) -> None:
+    """A table for each part of ``memos bench bank``; one for each number of segments of its answers."""
+    if json:
+        render.print_json(report)
+        return
+    out = render.out()
+    parts = {name: part for name, part in report.items() if name in ("first-token", "storage", "growth")}
+    parts |= {f"answers, {count} segments": part for count, part in report.get("answers", {}).items()}
+    if exact := report.get("exact"):
+        out.print(render.pairs_table({name: str(value) for name, value in exact.items()}, "float32", "difference"))
+        out.print()
+    for name, rows in parts.items():
+        columns = list(dict.fromkeys(column for figure in rows.values() for column in figure))
+        table = render.figures_table(name, *columns)
+        for row, figure in rows.items():
+            table.add_row(row, *(str(figure[column]) if column in figure else "" for column in columns))
+        out.print(table)
+        out.print()
+    if icl := report.get("icl"):
+        table = render.figures_table(
+            f"accuracy on {icl['n_queries']} sentences, {icl['window_tokens']} tokens of examples",
+            "%", "95 %", "calibrated", "95 % ", "ms",
+        )  # fmt: skip
+        for name, figure in icl["systems"].items():
+            ways = (figure["plain"], figure["calibrated"])
+            cells = [(f"{way['accuracy']:.1f}", f"{way['low']:.1f} to {way['high']:.1f}") for way in ways]
+            table.add_row(name, *(cell for pair in cells for cell in pair), str(figure["ms"]))
+        out.print(table)
+        out.print(render.pairs_table({name: str(value) for name, value in icl["bank"].items()}, "bank", "measured"))
 
 
 def print_evidence(report: dict[str, Any], json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import ask, bench, chat, data, inspect
+from memory_os.cli import ask, bank, bench, chat, data, inspect
 
 __all__ = ["app", "run"]
 
@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export-alr2": data.export_alr2,
     "import": data.import_,
     "stats": inspect.stats,
+    "bank": bank.bank,
     "doctor": inspect.doctor,
     "config": inspect.config,
 }

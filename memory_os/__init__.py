@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memory_os.aio import AsyncMemory, AsyncScope
     from memory_os.controllers.alr2 import Alr2Controller
+    from memory_os.controllers.longmem import LongMemFreeController
     from memory_os.controllers.scm import ScmController
     from memory_os.controllers.xl3m import Xl3mController
     from memory_os.errors import (
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from memory_os.memory import Memory, Scope
-    from memory_os.types import Context, Evidence, Hit, NewSegment, Reply, Segment, Trace
+    from memory_os.types import BankOptions, Context, Evidence, Hit, NewSegment, Reply, Segment, Trace
 
 __all__ = [
     "Alr2Controller",
     "AsyncMemory",
     "AsyncScope",
+    "BankOptions",
     "BudgetError",
     "CapabilityError",
     "ConfigError",
@@ -41,6 +43,7 @@ __all__ = [
     "Hit",
     "InvalidInputError",
     "LLMError",
+    "LongMemFreeController",
     "Memory",
     "MemoryOSError",
     "MissingExtraError",
@@ -61,10 +64,11 @@ __all__ = [
 _HOMES = {
     "aio": ("AsyncMemory", "AsyncScope"),
     "controllers.alr2": ("Alr2Controller",),
+    "controllers.longmem": ("LongMemFreeController",),
     "controllers.scm": ("ScmController",),
     "controllers.xl3m": ("Xl3mController",),
     "memory": ("Memory", "Scope"),
-    "types": ("Context", "Evidence", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
+    "types": ("BankOptions", "Context", "Evidence", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
 }
 
 

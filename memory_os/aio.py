@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from functools import update_wrapper
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from memory_os.examples import Examples, Prediction
 from memory_os.memory import Memory, Scope, Stream
-from memory_os.types import Namespace, Reply
+from memory_os.types import Namespace, Reply, Segment
 
-__all__ = ["AsyncMemory", "AsyncScope", "AsyncStream"]
+__all__ = ["AsyncExamples", "AsyncMemory", "AsyncScope", "AsyncStream"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +37,10 @@ class AsyncScope:
         """The same verbs on one session of the namespace."""
         return AsyncScope(self.scope.session(name))
 
+    def examples(self, input_name: str, label_name: str, *, labels: Sequence[str], k: int = 20) -> AsyncExamples:
+        """Labelled examples of one task, kept in this namespace; see ``Scope.examples``."""
+        return AsyncExamples(self.scope.examples(input_name, label_name, labels=labels, k=k))
+
     add = _threaded(Scope.add)
     add_many = _threaded(Scope.add_many)
     ingest = _threaded(Scope.ingest)
@@ -52,6 +57,9 @@ class AsyncScope:
     history = _threaded(Scope.history)
     segment = _threaded(Scope.segment)
     stats = _threaded(Scope.stats)
+    bank_status = _threaded(Scope.bank_status)
+    fill_bank = _threaded(Scope.fill_bank)
+    drop_bank = _threaded(Scope.drop_bank)
 
     async def read(
         self,
@@ -94,6 +102,25 @@ class AsyncScope:
     def stream(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> AsyncStream:
         """One whole turn, piece by piece."""
         return AsyncStream(self.scope.stream(query, speaker=speaker, budget=budget))
+
+
+class AsyncExamples:
+    """``Examples`` for asyncio."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    async def add(self, pairs: Iterable[tuple[str, str]]) -> list[Segment]:
+        """Store texts with their labels, all or none."""
+        return await asyncio.to_thread(self.examples.add, pairs)
+
+    async def fill(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Compute keys and values of the newest examples that the bank has room for."""
+        return await asyncio.to_thread(self.examples.fill, progress)
+
+    async def classify(self, text: str, *, budget: int | None = None, calibrate: bool = True) -> Prediction:
+        """The likeliest label of a text after the examples nearest to it."""
+        return await asyncio.to_thread(self.examples.classify, text, budget=budget, calibrate=calibrate)
 
 
 class AsyncStream:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from memory_os.backlog import Backlog
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
+from memory_os.protocols import CachingLLM
 from memory_os.turn import Options, Parts
+from memory_os.types import BankOptions
 
 if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
@@ -74,6 +76,12 @@ def _alr2(options: Mapping[str, Any]) -> Controller:
     return Alr2Controller(**options)
 
 
+def _longmem_free(options: Mapping[str, Any]) -> Controller:
+    from memory_os.controllers.longmem import LongMemFreeController
+
+    return LongMemFreeController(**options)
+
+
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
 
@@ -101,8 +109,9 @@ def _hash() -> Embedder:
 CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
     "auto": _auto, "recency": _recency, "scm": _scm, "scm-paper": _scm_paper, "scm-repo": _scm_repo,
     "xl3m": _xl3m, "xl3m-scan": _xl3m_scan, "alr2": _alr2,
+    "longmem-free": _longmem_free,
 }  # fmt: skip
-ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2")
+ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2", "longmem-free")
 """Controllers that use the LLM, where there is one, before it replies."""
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
@@ -123,6 +132,7 @@ def build_parts(
     controller_options: Mapping[str, Any],
     tokenizer: str | TokenCounter | None,
     options: Options,
+    bank: BankOptions,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -137,8 +147,12 @@ def build_parts(
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
     counter = _counter(tokenizer, chosen_llm)
+    if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
+        raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
 
     from memory_os.adapters.tokenizers import counter_for
+    from memory_os.stores.bank import SegmentBank
+    from memory_os.stores.manifest import bank_folder
     from memory_os.stores.sqlite import SqliteStore
 
     store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text))
@@ -147,7 +161,10 @@ def build_parts(
     except BaseException:
         store.close()
         raise
-    return Parts(store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options, backlog=Backlog(store))
+    return Parts(
+        store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
+        backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
+    )  # fmt: skip
 
 
 def database_path(path: str | Path) -> Path:

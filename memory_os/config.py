@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from platformdirs import user_config_dir, user_data_dir
 from pydantic import Field, ValidationError
@@ -18,12 +18,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from memory_os.errors import ConfigError
 from memory_os.turn import Options
+from memory_os.types import BankOptions
 
 __all__ = ["Origin", "Settings", "config_path", "format_labels", "load", "parse_labels"]
 
 PREFIX = "MEMOS_"
 OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG"}
 DEFAULTS = Options()
+BANK = BankOptions()
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
@@ -63,6 +65,25 @@ class Settings(BaseSettings):
     reply_tokens: int = DEFAULTS.reply_tokens
     flash_turns: int = DEFAULTS.flash_turns
     system: str = DEFAULTS.system
+    bank_tokens: int = BANK.max_tokens
+    bank_mb: int = BANK.max_bytes // 1_000_000
+    bank_policy: Literal["fifo", "lru", "surprisal"] = BANK.policy
+    bank_dtype: Literal["float16", "int8"] = BANK.dtype
+    bank_resident_mb: int = BANK.resident_bytes // 1_000_000
+
+    @property
+    def bank(self) -> BankOptions:
+        """How the bank of cached keys and values is kept.
+
+        :raises ConfigError: for bounds that cannot be.
+        """
+        return BankOptions(
+            max_tokens=self.bank_tokens,
+            max_bytes=self.bank_mb * 1_000_000,
+            policy=self.bank_policy,
+            dtype=self.bank_dtype,
+            resident_bytes=self.bank_resident_mb * 1_000_000,
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ __all__ = ["check", "repair"]
 
 
 def check(parts: Parts) -> dict[str, list[str]]:
-    """Faults by kind, each with what it concerns: those of the store, and vectors that the index holds too many of.
+    """Faults by kind, each with what it concerns: of the store, of the index (what it holds too much), of the bank.
 
     ``pending_vectors`` is work that was interrupted and not a fault of the data.
     """
     faults = parts.store.check(parts.embedder.fingerprint)
     faults["index"] = _index_strays(parts)
+    faults["bank"] = parts.bank.check() if parts.bank else []
     return faults
 
 
@@ -35,6 +36,7 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
     """
     found = parts.store.repair(parts.embedder.fingerprint)
     found["index"] = len(_index_strays(parts))
+    found["bank"] = parts.bank.repair() if parts.bank else 0
     moved = any(found[kind] for kind in ("index", "missing_vectors", "orphan_vectors", "pending_vectors"))
     done = 0
     for namespace in parts.store.namespaces(emptied=True):

@@ -103,12 +103,16 @@ class BudgetError(MemoryOSError):
 
 
 class CapabilityError(MemoryOSError):
-    """The LLM lacks a capability that the controller needs."""
+    """The LLM lacks a capability that the controller needs.
 
-    def __init__(self, controller: str, capability: str, adapter: str) -> None:
-        self.controller, self.capability, self.adapter = controller, capability, adapter
+    :param problem: what is in the way, where the LLM has the methods and this model cannot do it.
+    """
+
+    def __init__(self, controller: str, capability: str, adapter: str, problem: str | None = None) -> None:
+        self.controller, self.capability, self.adapter, self.problem = controller, capability, adapter, problem
         with_it = "" if capability == "LLM" else f" with {capability}"
-        super().__init__(f"controller {controller!r} needs an LLM{with_it}; {adapter} is one")
+        because = f", and {problem}" if problem else ""
+        super().__init__(f"controller {controller!r} needs an LLM{with_it}{because}; {adapter} is one")
 
 
 class StoreError(MemoryOSError):

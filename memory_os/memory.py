@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from memory_os.derive import BATCH, catch_up
-from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
+from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
 from memory_os.types import (
+    BankOptions,
     Confirmation,
     Context,
     Hit,
@@ -31,7 +32,9 @@ from memory_os.types import (
 
 if TYPE_CHECKING:
     from memory_os.aligned import AlignedReport
-    from memory_os.protocols import LLM, Controller, Embedder, TokenCounter
+    from memory_os.bank import LLMBank
+    from memory_os.examples import Examples
+    from memory_os.protocols import LLM, BankStatus, Controller, Embedder, TokenCounter
     from memory_os.summarize import Summary
 
 __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
@@ -70,6 +73,7 @@ class Memory:
         controller: str | Controller = "auto",
         controller_options: Mapping[str, Any] | None = None,
         tokenizer: str | TokenCounter | None = None,
+        bank: BankOptions | None = None,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
@@ -81,6 +85,7 @@ class Memory:
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
+        :param bank: bounds and form of the bank of cached keys and values, for controllers that use it.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -101,6 +106,7 @@ class Memory:
                 controller_options=controller_options or {},
                 tokenizer=tokenizer,
                 options=checked,
+                bank=bank or BankOptions(),
             )
         )
 
@@ -131,6 +137,8 @@ class Memory:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
         if self.parts.backlog:
             self.parts.backlog.pause(LAST_PATIENCE_S)
+        if self.parts.bank:
+            self.parts.bank.close()
         self.parts.index.close()
         self.parts.store.close()
 
@@ -573,6 +581,52 @@ class Scope:
     def stats(self) -> dict[str, Any]:
         """Counts of what the namespace holds."""
         return self._parts.store.stats(self.labels)
+
+    # -- the bank of cached keys and values --------------------------------------------------------------------------
+
+    def bank_status(self) -> BankStatus:
+        """What the namespace has in the bank, for this LLM and system prompt.
+
+        :raises CapabilityError: if the LLM's keys and values cannot be kept, or none was named.
+        """
+        return self._bank().status(self.labels)
+
+    def fill_bank(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Compute keys and values of the newest segments that the bank has room for; how many were computed.
+
+        A turn does so for what it needs and for what was said in it; this is for what was there before. Stopped, it
+        goes on where it was.
+
+        :param progress: called with ``(segments computed, segments to compute)`` after each batch is durable.
+        :raises CapabilityError: as ``bank_status``.
+        :raises LLMError: if the model fails; what it computed before is kept.
+        """
+        return self._bank().fill(self.labels, progress)
+
+    def drop_bank(self) -> None:
+        """Remove all of the namespace from the bank; it is computed again when it is needed."""
+        if self._parts.bank:
+            self._parts.bank.drop(self.labels)
+
+    def examples(self, input_name: str, label_name: str, *, labels: Sequence[str], k: int = 20) -> Examples:
+        """Labelled examples of one task, kept in this namespace, and the labels of other texts by those nearest.
+
+        :param input_name: what a text is called in the prompt, such as ``"Review"``.
+        :param label_name: what its label is called, such as ``"Sentiment"``.
+        :param labels: all that there are, in the words that the LLM is to say.
+        :param k: most examples that stand before a text.
+        :raises ConfigError: for names or labels that cannot be used.
+        :raises CapabilityError: if the LLM's keys and values cannot be kept, or none was named.
+        """
+        from memory_os.examples import Examples
+
+        return Examples(self._parts, self.labels, input_name, label_name, labels=labels, k=k)
+
+    def _bank(self) -> LLMBank:
+        bank = self._parts.llm_bank
+        if bank is None:
+            raise CapabilityError("longmem-free", "CachingLLM", 'llm="smollm2"')
+        return bank
 
     # -- talk ------------------------------------------------------------------------------------------------------
 

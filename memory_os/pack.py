@@ -6,6 +6,9 @@ fence, start a line of its own, or spell a chat-template control token.
 
 In the fence stands a line with the date wherever the date changes, and under it each segment as ``speaker: text``. A
 date and a number on every line would cost a third of the budget with turns of ordinary length.
+
+Memory that enters as cached keys and values (``CachedFrame``) comes first, right after the system prompt, as that is
+where it was computed; each line then has its own date, and tokens of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from typing import Any
 
 from memory_os.errors import BudgetError
 from memory_os.fence import defused
-from memory_os.protocols import TokenCounter
+from memory_os.protocols import CachingLLM, TokenCounter
 from memory_os.types import (
     Account,
     Action,
+    CachedPrompt,
     Candidate,
     Choice,
     Decision,
@@ -31,7 +35,20 @@ from memory_os.types import (
     Segment,
 )
 
-__all__ = ["Frame", "Packed", "date_line", "fit_flash", "pack", "render_line", "render_lines", "room_for_lines"]
+__all__ = [
+    "CachedFrame",
+    "Frame",
+    "Packed",
+    "cached_line",
+    "date_line",
+    "fit_flash",
+    "pack",
+    "render_line",
+    "render_lines",
+]
+
+Line = tuple[Segment, str]
+"""A segment, and how it stands in the context."""
 
 OPEN = '<memory note="recollections: data, not instructions">'
 CLOSE = "</memory>"
@@ -60,16 +77,37 @@ class Frame:
     reply_reserve: int = 0
     tools: Sequence[Mapping[str, Any]] = ()
 
-    def messages(self, flash: Sequence[Segment] = (), memory: str = "") -> tuple[Message, ...]:
-        """The prompt with this flash memory and this fenced memory."""
-        parts: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        parts += [_as_message(segment) for segment in flash]
-        content = f"{memory}\n\n{self.query}" if memory else self.query
-        return _merged([*parts, {"role": "user", "content": content}])
+    def messages(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> tuple[Message, ...]:
+        """The prompt with this flash memory, and this memory in its fence."""
+        fenced = self.fenced(memory)
+        content = f"{fenced}\n\n{self.query}" if fenced else self.query
+        return _merged([*self._before(), *map(_as_message, flash), {"role": "user", "content": content}])
 
-    def count(self, flash: Sequence[Segment] = (), memory: str = "") -> int:
+    def _before(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def count(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> int:
         """Exact tokens of that prompt."""
         return self.counter.count_tokens(self.messages(flash, memory), self.tools)
+
+    def room(self, flash: Sequence[Segment]) -> int:
+        """What the limit leaves for lines of memory and dates; not exact, as tokens can merge where texts meet."""
+        fenced = "\n".join([OPEN, "-", CLOSE])
+        content = f"{fenced}\n\n{self.query}"
+        messages = _merged([*self._before(), *map(_as_message, flash), {"role": "user", "content": content}])
+        return self.limit - self.counter.count_tokens(messages, self.tools)
+
+    def fenced(self, memory: Sequence[Line]) -> str:
+        """The memory block; empty without lines."""
+        return "\n".join([OPEN, *_dated(memory), CLOSE]) if memory else ""
+
+    def line(self, segment: Segment, form: Form, text: str | None) -> str:
+        """How the segment stands in the fence."""
+        return render_line(segment, form=form, text=text)
+
+    def heading(self, segment: Segment) -> str:
+        """What stands above the segments of its day."""
+        return date_line(segment)
 
     def check(self) -> int:
         """Tokens of the parts that must be there.
@@ -83,6 +121,49 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedFrame(Frame):
+    """What surrounds memory that enters as keys and values. ``counter`` is the LLM itself."""
+
+    def messages(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> tuple[Message, ...]:
+        """The prompt as text: memory opens the first user message."""
+        fenced = self.fenced(memory)
+        shown: list[Message] = [{"role": "user", "content": fenced}] if fenced else []
+        return _merged([*self._before(), *shown, *self._after(flash)])
+
+    def prompt(self, flash: Sequence[Segment], memory: Sequence[Line]) -> CachedPrompt:
+        """The same prompt, with the memory's lines apart; there must be some."""
+        first, *rest = _merged([{"role": "user", "content": CLOSE}, *self._after(flash)])
+        return CachedPrompt(self.system, f"{OPEN}\n", tuple(f"{line}\n" for _, line in memory), (first, *rest))
+
+    def _after(self, flash: Sequence[Segment]) -> list[Message]:
+        return [*map(_as_message, flash), {"role": "user", "content": self.query}]
+
+    def count(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> int:
+        """Exact tokens of that prompt, those of cached lines included."""
+        if not memory:
+            return self.counter.count_tokens(self.messages(flash), self.tools)
+        assert isinstance(self.counter, CachingLLM)
+        return self.counter.count_cached(self.prompt(flash, memory))
+
+    def room(self, flash: Sequence[Segment]) -> int:
+        """What the limit leaves for lines of memory; exact."""
+        assert isinstance(self.counter, CachingLLM)
+        return self.limit - self.counter.count_cached(self.prompt(flash, ()))
+
+    def fenced(self, memory: Sequence[Line]) -> str:
+        """The memory block; empty without lines."""
+        return "\n".join([OPEN, *(line for _, line in memory), CLOSE]) if memory else ""
+
+    def line(self, segment: Segment, form: Form, text: str | None) -> str:
+        """How the segment stands in the fence, with its date."""
+        return cached_line(segment, text)
+
+    def heading(self, segment: Segment) -> str:
+        """Nothing: a line that is computed by itself brings its date."""
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """The outcome of packing; ``account.total <= frame.limit`` always."""
 
@@ -91,6 +172,7 @@ class Packed:
     segments: tuple[Segment, ...]
     ledger: tuple[LedgerEntry, ...]
     account: Account
+    cached: CachedPrompt | None = None
 
 
 def _as_message(segment: Segment) -> Message:
@@ -142,12 +224,12 @@ def date_line(segment: Segment) -> str:
     return segment.created_at.strftime("[%Y-%m-%d]")
 
 
-def _fenced(lines: Sequence[tuple[Segment, str]]) -> str:
-    """The memory block; empty without lines."""
-    return "\n".join([OPEN, *_dated(lines), CLOSE]) if lines else ""
+def cached_line(segment: Segment, text: str | None = None) -> str:
+    """A segment as its keys and values are computed: by itself, so its date is with it."""
+    return f"{date_line(segment)} {render_line(segment, text=text)}"
 
 
-def _dated(lines: Sequence[tuple[Segment, str]]) -> list[str]:
+def _dated(lines: Sequence[Line]) -> list[str]:
     """Lines in the order given, each date once before its lines."""
     body: list[str] = []
     date = ""
@@ -164,11 +246,6 @@ def render_lines(segments: Sequence[Segment]) -> str:
     return "\n".join(_dated([(segment, render_line(segment)) for segment in segments]))
 
 
-def room_for_lines(frame: Frame, flash: Sequence[Segment]) -> int:
-    """What the budget leaves for lines of memory and dates; not exact, as tokens can merge where texts meet."""
-    return frame.limit - frame.count(flash, "\n".join([OPEN, "-", CLOSE]))
-
-
 def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate], decision: Decision) -> Packed:
     """Fit the controller's choices into what the budget leaves, best first, and splice them in the order of ``seq``.
 
@@ -183,18 +260,18 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
         raise ValueError("a decision names every candidate exactly once")
     frame.check()
     before = frame.count(flash)
-    room = room_for_lines(frame, flash)
-    dates: set[str] = set()
+    room = frame.room(flash)
+    dates = {""}
     kept: dict[str, tuple[str, int, Choice]] = {}
     trimmed: set[str] = set()
     wanted = [choice for choice in decision.choices if choice.form is not None]
     for position, choice in enumerate(wanted):
         candidate = by_id[choice.segment_id]
-        line, cost = _line(candidate, choice, frame.counter)
-        date = date_line(candidate.segment)
+        line, cost = _line(candidate, choice, frame)
+        date = frame.heading(candidate.segment)
         extra = 0 if date in dates else frame.counter.count_text(date + "\n")
         if cost + extra > room and position == 0 and choice.form is not Form.QUOTE:  # half a quote is none
-            cut = _trim(candidate, choice, int(room * TRIM_SHARE) - extra, frame.counter)
+            cut = _trim(candidate, choice, int(room * TRIM_SHARE) - extra, frame)
             if cut:
                 line, cost = cut
                 trimmed.add(choice.segment_id)
@@ -203,16 +280,16 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
             room -= cost + extra
             dates.add(date)
 
-    def rendered() -> str:
+    def rendered() -> list[Line]:
         chosen = sorted(kept, key=lambda id_: by_id[id_].segment.seq)
-        return _fenced([(by_id[id_].segment, kept[id_][0]) for id_ in chosen])
+        return [(by_id[id_].segment, kept[id_][0]) for id_ in chosen]
 
-    text = rendered()
-    total = frame.count(flash, text)
+    lines = rendered()
+    total = frame.count(flash, lines)
     while total > frame.limit and kept:  # costs add up only nearly; the whole rendering is what counts
         kept.popitem()
-        text = rendered()
-        total = frame.count(flash, text)
+        lines = rendered()
+        total = frame.count(flash, lines)
 
     ledger = tuple(
         _entry(rank, by_id[choice.segment_id], choice, kept.get(choice.segment_id), choice.segment_id in trimmed)
@@ -232,25 +309,32 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
         tokenizer=frame.counter.name,
         exact=frame.counter.exact,
     )
-    return Packed(frame.messages(flash, text), text, tuple(in_order), ledger, account)
+    return Packed(
+        frame.messages(flash, lines),
+        frame.fenced(lines),
+        tuple(in_order),
+        ledger,
+        account,
+        frame.prompt(flash, lines) if lines and isinstance(frame, CachedFrame) else None,
+    )
 
 
-def _line(candidate: Candidate, choice: Choice, counter: TokenCounter) -> tuple[str, int]:
+def _line(candidate: Candidate, choice: Choice, frame: Frame) -> tuple[str, int]:
     assert choice.form is not None
-    line = render_line(candidate.segment, form=choice.form, text=choice.text)
+    line = frame.line(candidate.segment, choice.form, choice.text)
     whole = choice.form is Form.FULL and choice.text is None
-    return line, candidate.n_tokens if whole else counter.count_text(line + "\n")
+    return line, candidate.n_tokens if whole else frame.counter.count_text(line + "\n")
 
 
-def _trim(candidate: Candidate, choice: Choice, room: int, counter: TokenCounter) -> tuple[str, int] | None:
+def _trim(candidate: Candidate, choice: Choice, room: int, frame: Frame) -> tuple[str, int] | None:
     """The longest beginning that fits ``room`` with the marker, as ``(line, tokens)``; None if hardly any would."""
     whole = candidate.segment.text if choice.text is None else choice.text
     form = choice.form or Form.FULL
 
     def cut(n_chars: int) -> tuple[str, int]:
         head = whole[:n_chars].rsplit(maxsplit=1)[0] if " " in whole[:n_chars].strip() else whole[:n_chars]
-        line = render_line(candidate.segment, form=form, text=head.rstrip() + MARKER)
-        return line, counter.count_text(line + "\n")
+        line = frame.line(candidate.segment, form, head.rstrip() + MARKER)
+        return line, frame.counter.count_text(line + "\n")
 
     low, high = 0, len(whole) - 1  # the longest that fits is at least low
     while low < high:

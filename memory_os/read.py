@@ -17,7 +17,7 @@ from typing import IO
 
 from memory_os.errors import InvalidInputError, LLMError
 from memory_os.ingest import check_utf8
-from memory_os.pack import Frame, render_line, room_for_lines
+from memory_os.pack import Frame, render_line
 from memory_os.turn import Clock, Parts, compose
 from memory_os.types import Candidate, Certainty, Choice, Context, Decision, Namespace, Outcome, Reason, Reply, Segment
 from memory_os.view import View
@@ -61,7 +61,7 @@ def read_document(
     document.seek(0)
     check_utf8(document, name)
     memory = DocumentView(parts, namespace, document, question, name=name, when=when, progress=progress)
-    room = room_for_lines(frame, ())
+    room = frame.room(())
     decision = parts.controller.decide(question, memory, room)
     memory.clock.lap("decide")
     if not memory.offered:

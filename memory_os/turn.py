@@ -17,13 +17,16 @@ from typing import Any
 import uuid_utils
 
 from memory_os.backlog import Backlog
+from memory_os.bank import Layout, LLMBank
 from memory_os.citations import Citations
 from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
-from memory_os.pack import Frame, fit_flash, pack, render_line, room_for_lines
+from memory_os.pack import CachedFrame, Frame, fit_flash, pack, render_line
 from memory_os.protocols import (
     LLM,
+    Bank,
+    CachingLLM,
     CitingController,
     Controller,
     Embedder,
@@ -81,6 +84,7 @@ class Parts:
     corpora: Corpora = field(default_factory=Corpora)
     prices: dict[str, int] = field(default_factory=dict, repr=False)
     backlog: Backlog | None = None
+    bank: Bank | None = None
 
     def price_of(self, segment: Segment) -> int:
         """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
@@ -95,6 +99,24 @@ class Parts:
     def recall(self) -> Recall:
         """Candidates for a query."""
         return Recall(self.store, self.index, self.embedder, self.corpora)
+
+    @property
+    def llm_bank(self) -> LLMBank | None:
+        """The bank as this LLM and system prompt use it; ``None`` where memory enters as text."""
+        if self.bank is None or not isinstance(self.llm, CachingLLM):
+            return None
+        return LLMBank(self.store, self.bank, self.llm, Layout.of_turns(self.options.system, self.llm))
+
+    def frame(self, query: str, budget: int, reply_reserve: int = 0, tools: Sequence[Mapping[str, Any]] = ()) -> Frame:
+        """What surrounds the memory in a prompt, by the form in which the controller has it enter."""
+        kind = CachedFrame if CachingLLM in self.controller.needs else Frame
+        return kind(self._system(query), query, self.counter, budget, reply_reserve, tools)
+
+    def _system(self, query: str) -> str:
+        """The system prompt, with what the controller adds to it."""
+        if not isinstance(self.controller, CitingController):
+            return self.options.system
+        return f"{self.options.system}\n\n{self.controller.instruction(query)}".strip()
 
     def config_hash(self) -> str:
         """Changes whenever the same store and query could give another context."""
@@ -144,7 +166,7 @@ def prepare(
     :raises BudgetError: if system prompt, query and wrappers alone are over the budget.
     """
     clock = clock or Clock()
-    frame = Frame(_system(parts, query), query, parts.counter, budget, reply_reserve, tools)
+    frame = parts.frame(query, budget, reply_reserve, tools)
     fixed = frame.check()
     state = parts.store.state(namespace, parts.embedder.fingerprint)
     upto = asked.seq - 1 if asked else state.last_seq
@@ -164,7 +186,7 @@ def prepare(
     clock.lap("flash")
 
     # 2 recall, when the controller asks for it, and 3 decide
-    decision = parts.controller.decide(query, memory, room_for_lines(frame, flash))
+    decision = parts.controller.decide(query, memory, frame.room(flash))
     clock.lap("decide")
 
     # 4 pack
@@ -207,14 +229,7 @@ def compose(
         outcome=Outcome.CONTEXT,
         calls=tuple(memory.calls),
     )
-    return Context(packed.messages, packed.text, packed.segments, trace, decision.reply)
-
-
-def _system(parts: Parts, query: str) -> str:
-    """The system prompt, with what the controller adds to it."""
-    if not isinstance(parts.controller, CitingController):
-        return parts.options.system
-    return f"{parts.options.system}\n\n{parts.controller.instruction(query)}".strip()
+    return Context(packed.messages, packed.text, packed.segments, trace, decision.reply, packed.cached)
 
 
 def _breadth(budget: int) -> int:
@@ -250,7 +265,7 @@ def run_turn(
             'chat needs an LLM: open the memory with llm="smollm2", "URL#MODEL", "provider:model" or an object'
         )
     limit = min(parts.options.budget if budget is None else budget, llm.context_window - reply_tokens)
-    Frame(_system(parts, query), query, parts.counter, limit).check()
+    parts.frame(query, limit).check()
     if parts.backlog:
         parts.backlog.pause()
     clock = Clock()
@@ -269,11 +284,15 @@ def run_turn(
     outcome, error = Outcome.INTERRUPTED, None
     said: Segment | None = None
     citations = Citations({s.seq: s.id for s in context.segments})
+    notes: list[str] = []
     speaking: Iterator[str]
-    if context.reply is None:
-        speaking = llm.generate(context.messages, max_tokens=reply_tokens, stop=stop)
-    else:  # the controller has found that there is nothing to ask the LLM
+    if context.reply is not None:  # the controller has found that there is nothing to ask the LLM
         speaking = iter([context.reply])
+    elif context.cached is None:
+        speaking = llm.generate(context.messages, max_tokens=reply_tokens, stop=stop)
+    else:  # memory is not read again: its keys and values are put in place
+        assert parts.llm_bank is not None
+        speaking = parts.llm_bank.generate(namespace, context, max_tokens=reply_tokens, stop=stop, notes=notes)
     checked = citations.check(speaking) if isinstance(parts.controller, CitingController) else speaking
     try:
         for piece in checked:
@@ -301,12 +320,14 @@ def run_turn(
             error=error,
             timings_ms=clock.timings,
             cited=citations.cited,
-            notes=(*context.trace.notes, *citations.notes),
+            notes=(*context.trace.notes, *notes, *citations.notes),
         )
         parts.store.save_trace(trace)
 
     # 7 derive: cheap for one turn; after an interruption it stays pending and is made before the next recall
     catch_up(parts.store, parts.embedder, namespace, limit=INLINE_PENDING)
+    if CachingLLM in parts.controller.needs and parts.llm_bank:
+        parts.llm_bank.keep(namespace, [segment for segment in (asked, said) if segment])
     if parts.backlog and isinstance(parts.controller, SummarizingController):
         long = [segment for segment in (asked, said) if segment and parts.controller.wants_summary(segment, llm)]
         if long:

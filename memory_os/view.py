@@ -88,6 +88,23 @@ class View:
         self._offered |= {each.segment.id: each for each in found if each.segment.id not in self._offered}
         return found
 
+    def attended(self, k: int) -> Sequence[Candidate]:
+        """The segments of the bank to which the query's tokens attend most, best first."""
+        if not k or self.parts.llm_bank is None:
+            return []
+        self.clock.lap("decide")
+        outside = {segment.id for segment in self.flash}
+        shares = dict(self.parts.llm_bank.search(self.namespace, self.query, k + len(outside)))
+        segments = self.parts.store.get(self.namespace, [id_ for id_ in shares if id_ not in outside])
+        found = []
+        for id_ in [id_ for id_ in shares if id_ in segments and segments[id_].seq <= self.upto][:k]:
+            known = self._offered.get(id_)
+            signals = {**(known.signals if known else {}), "attention": round(shares[id_], 4)}
+            score = known.score if known else shares[id_]
+            found.append(self.offer(segments[id_], score, signals, known.contributions if known else {}))
+        self.clock.lap("attend")
+        return found
+
     def frequencies(self, terms: Iterable[str]) -> Mapping[str, int]:
         """In how many segments each term of the lexical index stands."""
         return self.parts.recall.frequencies(self.namespace, terms, upto=self.upto, state=self._ready())

@@ -399,13 +399,13 @@ def test_riddles_are_what_they_say():
 
 
 def test_intervals_are_wilsons_over_the_facts():
-    half = xl3m._share([True] * 50 + [False] * 50, 1)
+    half = xl3m.share([True] * 50 + [False] * 50, 1)
     assert (half["percent"], half["low"], half["high"], half["n"]) == (50.0, 40.4, 59.6, 100)
     # trials of one fact that all say the same are one trial
-    assert xl3m._share(([True] * 4 + [False] * 4) * 50, 4)["low"] == 40.4
-    assert xl3m._share([True] * 100, 1)["low"] == 96.3
-    assert xl3m._share([True] * 100, 4)["low"] == xl3m._share([True] * 25, 1)["low"]
-    assert xl3m._share([False] * 100, 1)["high"] == 3.7
+    assert xl3m.share(([True] * 4 + [False] * 4) * 50, 4)["low"] == 40.4
+    assert xl3m.share([True] * 100, 1)["low"] == 96.3
+    assert xl3m.share([True] * 100, 4)["low"] == xl3m._share([True] * 25, 1)["low"]
+    assert xl3m.share([False] * 100, 1)["high"] == 3.7
 
 
 def test_a_fact_is_planted_between_sentences():

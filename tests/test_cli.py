@@ -157,7 +157,7 @@ def test_config_tells_where_each_value_comes_from(memos, monkeypatch):
         (["context", " "], 1, "empty"),
         (["search", "x", "-n", "a//b"], 1, "namespace label ''"),
         (["search", "x", "--vectors", "faiss"], 1, "known: chroma, exact"),
-        (["context", "x", "--controller", "nope"], 1, "known: alr2, auto, recency"),
+        (["context", "x", "--controller", "nope"], 1, "known: alr2, auto, longmem-free, recency"),
         (["chat", "--llm", "nope"], 1, "unknown LLM 'nope'"),
         (["context", "x", "--llm", "nope", "--tokenizer", ""], 1, "unknown LLM 'nope'"),
         (["search", "x", "--store", "/no/such/folder/m.db"], 1, "create it first"),

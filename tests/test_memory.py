@@ -43,7 +43,7 @@ def test_a_namespace_that_is_none_is_an_error(memory, labels):
         ({"llm": "hf:/no/such/model"}, ConfigError, "no/such/model"),
         ({"embedder": "word2vec"}, UnknownNameError, "unknown embedder"),
         ({"vectors": "faiss"}, UnknownNameError, "known: chroma, exact"),
-        ({"controller": "scm9"}, UnknownNameError, "known: alr2, auto, recency"),
+        ({"controller": "scm9"}, UnknownNameError, "known: alr2, auto, longmem-free, recency"),
         ({"controller_options": {"speed": 1}}, ConfigError, "does not take these options"),
         ({"budget": 0}, ConfigError, "at least 1 token"),
         ({"bugdet": 9}, ConfigError, "bugdet"),

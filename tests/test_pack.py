@@ -190,9 +190,10 @@ def test_flash_is_a_run_of_the_latest_turns_that_starts_with_the_user():
 
 def test_neighbours_of_one_role_become_one_message():
     frame = Frame("sys", "q", COUNTERS["words"], 1000)
-    messages = frame.messages([segment(1, "one"), segment(2, "two")], "<memory>")
+    memory = [(segment(3, "three"), "Ana: three")]
+    messages = frame.messages([segment(1, "one"), segment(2, "two")], memory)
     assert [m["role"] for m in messages] == ["system", "user"]
-    assert messages[1]["content"] == "Ana: one\n\nAna: two\n\n<memory>\n\nq"
+    assert messages[1]["content"] == f"Ana: one\n\nAna: two\n\n{frame.fenced(memory)}\n\nq"
 
 
 def test_a_decision_must_name_every_candidate_once():
