@@ -13,6 +13,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.scoring import cache_argument, in_batches, padded_width
@@ -88,6 +89,7 @@ class Splicer:
         self._decoder = model.model
         self._cache_name = cache_argument(model)
         self._check_architecture()
+        self._lock = Lock()
         self._prefixes: OrderedDict[tuple[int, ...], Layers] = OrderedDict()
 
     def _check_architecture(self) -> None:
@@ -383,7 +385,8 @@ class Splicer:
         """Keys (rotated) and values of the prefix by layer, ``[1, kv_heads, tokens, head_dim]``."""
         import torch
 
-        known = self._prefixes.get(tuple(ids))
+        with self._lock:
+            known = self._prefixes.get(tuple(ids))
         if known is None:
             cache = self._cache([])
             with torch.inference_mode():
@@ -391,10 +394,11 @@ class Splicer:
                     input_ids=torch.tensor([list(ids)], device=self._model.device), **{self._cache_name: cache}
                 )
             known = [(layer.keys, layer.values) for layer in cache.layers]
-            while len(self._prefixes) >= PREFIXES:
+        with self._lock:
+            self._prefixes[tuple(ids)] = known
+            self._prefixes.move_to_end(tuple(ids))
+            while len(self._prefixes) > PREFIXES:
                 self._prefixes.popitem(last=False)
-        self._prefixes[tuple(ids)] = known
-        self._prefixes.move_to_end(tuple(ids))
         return known
 
     def _cache(self, layers: Layers) -> Any:

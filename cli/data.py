@@ -230,7 +230,7 @@ def forget(
 
     Example: memos forget 12 13
 
-    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces.
+    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces, bank.
     """
     named = refs or []
     if sum([bool(named), whole_session is not None, everything]) != 1:

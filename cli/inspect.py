@@ -147,7 +147,8 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
     Example: memos stats -n acme/alice
 
-    JSON: segments, sessions, tokens, first, last, vectors, summaries, pending, traces, file, file_bytes, namespaces.
+    JSON: segments, sessions, tokens, first, last, vectors, summaries, pending, scores, traces, bank, file, file_bytes,
+    namespaces.
     """
     from memory_os.config import format_labels
 

@@ -23,12 +23,13 @@ class LongMemFreeController:
     """The bank's controller.
 
     :param k: how many segments the model's attention may add to recall's; 0 leaves it to recall alone.
-    :param place: before which of recall's choices they stand, counted from 0.
+    :param place: before which of recall's choices they stand, counted from 0. By measurement they are worth less than
+        recall's first (docs/bank.md).
     :param abstain: as of ``AutoController``, which decides about recall's candidates; ``price`` likewise.
     """
 
-    k: int = 4
-    place: int = 8
+    k: int = 2
+    place: int = 16
     abstain: float | None = None
     price: float | None = None
     name: str = "longmem-free"

@@ -164,7 +164,7 @@ class KV:
 
     :param ids: the text's tokens.
     :param keys: before rotation, ``[layers, kv_heads, tokens, head_dim]``.
-    :param values: of the same shape and dtype.
+    :param values: of the same shape.
     :param surprisal: mean surprisal of the tenth of its tokens that were least expected, nats; ``None`` where it was
         not asked for.
     """

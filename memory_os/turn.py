@@ -128,6 +128,7 @@ class Parts:
             "embedder": self.embedder.fingerprint,
             "weights": learned()["provenance"]["digest"],
             "counter": self.counter.name,
+            "bank": repr(self.bank.options) if self.bank and CachingLLM in self.controller.needs else None,
         }
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -94,7 +94,10 @@ class SegmentBank:
         return {entry.id: entry.n_tokens for entry in found}
 
     def get(self, namespace: Namespace, fingerprint: str, ids: Sequence[str]) -> dict[str, KV]:
-        """Those that are there and whole, in the order asked for; a damaged one is removed. Counts as use."""
+        """Those that are there and whole, in the order asked for; a damaged one is removed. Counts as use.
+
+        The tensors may be those that stay in memory for the next time: they are not to be changed in place.
+        """
         form = self._in_form(fingerprint)
         with self._database.read() as connection:
             ns, last_seq = manifest.locate(connection, namespace)

@@ -412,6 +412,26 @@ def test_what_another_process_removed_is_let_go_of(store):
     assert not maps.exists() or path not in maps.read_text()
 
 
+@pytest.mark.parametrize("way", ["evicted", "damaged", "dropped"])
+def test_what_leaves_the_bank_leaves_memory(store, way):
+    a, b = add(store, 2)
+    bank = bank_of(store, max_tokens=6)
+    bank.put(ALICE, "f", {a: make_kv(1)}, LAYER)
+    assert bank.search(ALICE, "f", np.ones((1, HEADS, DIM), np.float32), 1)
+    assert bank.get(ALICE, "f", [a])
+    assert [key[2] for key in bank._resident] == [key[2] for key in bank._verified] == [a]
+    if way == "evicted":
+        assert bank.put(ALICE, "f", {b: make_kv(2)}, LAYER) == [a]
+    elif way == "damaged":
+        spoil(files_of(store, a)[0])
+        assert bank.get(ALICE, "f", [a]) == {}
+    else:
+        bank.drop(ALICE)
+        assert bank._tables == {}
+    assert not bank._resident
+    assert not bank._verified
+
+
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
 
@@ -640,10 +660,30 @@ def test_search_equals_brute_force(store, dtype, k_chunks, chunk_tokens):
 
 
 def test_equal_segments_are_found_in_the_order_of_seq(store):
-    ids = add(store, 40)
+    ids = add(store, 60)
     bank = bank_of(store, k_chunks=999)
-    bank.put(ALICE, "f", {id_: make_kv(1) for id_ in reversed(ids)}, LAYER)
-    assert [id_ for id_, _ in bank.search(ALICE, "f", np.ones((2, HEADS, DIM), np.float32), 40)] == ids
+    bank.put(ALICE, "f", {id_: make_kv(n % 3, 4) for n, id_ in reversed(list(enumerate(ids)))}, LAYER)
+    found = [id_ for id_, _ in bank.search(ALICE, "f", np.ones((2, HEADS, DIM), np.float32), 60)]
+    assert {tuple(found[start : start + 20]) for start in (0, 20, 40)} == {tuple(ids[n::3]) for n in range(3)}
+
+
+def test_search_reads_only_what_is_new(store, monkeypatch):
+    a, b, c = add(store, 3)
+    bank = bank_of(store)
+    asked = []
+    read_chunks = manifest.read_chunks
+    monkeypatch.setattr(manifest, "read_chunks", lambda *args: asked.append(args[2]) or read_chunks(*args))
+    query = np.ones((1, HEADS, DIM), np.float32)
+    for new in ([a], [b, c], [], [b]):
+        bank.put(ALICE, "f", {id_: make_kv(len(asked)) for id_ in new}, LAYER)
+        bank.search(ALICE, "f", query, 3)
+    rows = manifest_rows(store)
+    assert asked == [[rows[a]], [rows[b], rows[c]], [], [rows[b]]]
+
+
+def manifest_rows(store: SqliteStore) -> dict[str, int]:
+    with store.database.read() as connection:
+        return {entry.id: entry.segment_pk for entry in manifest.read_all(connection)}
 
 
 def test_search_sees_at_once_what_another_instance_writes_replaces_and_removes(store):
