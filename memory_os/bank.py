@@ -84,15 +84,24 @@ class LLMBank:
         except LLMError as error:  # derived: computed again when it is needed
             log.warning("the bank lacks %d segments: %s", len(segments), error)
 
-    def fill(self, namespace: Namespace, progress: Callable[[int, int], None] | None = None) -> int:
+    def fill(
+        self,
+        namespace: Namespace,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        session: str | None = None,
+        only: Callable[[Segment], bool] = lambda _: True,
+    ) -> int:
         """Compute the newest segments that the bank has room for, as far as they are not there; how many that were.
 
         Stopped, it goes on where it was.
 
         :param progress: called with ``(segments computed, segments to compute)`` after each batch is durable.
+        :param session: only those of this session; ``only`` likewise.
         """
         there = self._bank.entries(namespace, self.fingerprint)
-        todo = [segment for segment in self._newest(namespace, there) if segment.id not in there]
+        newest = self._newest(namespace, there, session, only)
+        todo = [segment for segment in newest if segment.id not in there]
         done = 0
         for batch in self._batches(todo):
             self._put(namespace, batch)
@@ -101,26 +110,35 @@ class LLMBank:
                 progress(done, len(todo))
         return done
 
-    def _newest(self, namespace: Namespace, there: Mapping[str, int]) -> list[Segment]:
+    def _newest(
+        self, namespace: Namespace, there: Mapping[str, int], session: str | None, only: Callable[[Segment], bool]
+    ) -> list[Segment]:
         """The newest segments that fit into the bank together, oldest first."""
         room, upto = self._bank.options.max_tokens, self._store.last_seq(namespace)
         newest: list[Segment] = []
-        while page := self._store.tail(namespace, PAGE, upto=upto):
-            for segment in reversed(page):
-                room -= there.get(segment.id) or self._cost(segment)
+        while page := self._store.tail(namespace, PAGE, session=session, upto=upto):
+            for segment in filter(only, reversed(page)):
+                n_tokens = there.get(segment.id) or self._cost(segment)
+                if n_tokens > self._longest:
+                    continue
+                room -= n_tokens
                 if room < 0:
                     return newest[::-1]
                 newest.append(segment)
             upto = page[0].seq - 1
         return newest[::-1]
 
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of a segment that can stand whole in a context; a longer one is never kept."""
+        return self._llm.context_window - self._llm.count_cached(self._layout.beginning)
+
     def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
         batch: list[Segment] = []
         size = 0
-        longest = self._llm.context_window - self._llm.count_cached(self._layout.beginning)
         for segment in segments:
             n_tokens = self._cost(segment)
-            if n_tokens > longest:  # it will never stand whole in a context
+            if n_tokens > self._longest:
                 continue
             if batch and size + n_tokens > BATCH_TOKENS:
                 yield batch

@@ -27,9 +27,6 @@ BEGINNING = CachedPrompt(system="", opening="", lines=(), messages=(), plain=Tru
 LAYOUT = Layout("examples 1", BEGINNING, lambda segment: f"{segment.text}\n\n")
 CONTENT_FREE = "N/A"
 """In place of a text, it shows which label is likely whatever the text (Zhao et al., arXiv 2102.09690)."""
-BATCH_TOKENS = 4096
-"""Tokens of examples that are computed before they are durable."""
-PAGE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,39 +109,7 @@ class Examples:
         :param progress: called with ``(examples computed, examples to compute)`` after each batch is durable.
         :raises LLMError: if the model fails; what it computed before is kept.
         """
-        there = self._kept.entries(self._namespace, self._bank.fingerprint)
-        todo = [segment for segment in self._newest(there) if segment.id not in there]
-        done = 0
-        while done < len(todo):
-            batch: list[Segment] = []
-            room = BATCH_TOKENS
-            for segment in todo[done:]:
-                room -= self._price(segment)
-                if batch and room < 0:
-                    break
-                batch.append(segment)
-            self._cached(batch)
-            done += len(batch)
-            if progress:
-                progress(done, len(todo))
-        return done
-
-    def _newest(self, there: dict[str, int]) -> list[Segment]:
-        """The newest examples that fit into the bank together, oldest first."""
-        room, upto = self._kept.options.max_tokens, self._parts.store.last_seq(self._namespace)
-        longest = self._llm.context_window - self._llm.count_cached(BEGINNING)
-        newest: list[Segment] = []
-        while page := self._parts.store.tail(self._namespace, PAGE, session=self.session, upto=upto):
-            for segment in filter(self._is_example, reversed(page)):
-                n_tokens = there.get(segment.id) or self._price(segment)
-                if n_tokens > longest:  # it will never stand in a prompt
-                    continue
-                room -= n_tokens
-                if room < 0:
-                    return newest[::-1]
-                newest.append(segment)
-            upto = page[0].seq - 1
-        return newest[::-1]
+        return self._bank.fill(self._namespace, progress, session=self.session, only=self._is_example)
 
     # -- read ------------------------------------------------------------------------------------------------------
 
