@@ -231,6 +231,7 @@ def agreement(
     trials: int,
     repairs: Sequence[str],
     seed: int = 0,
+    riddles: Sequence[Riddle] = RIDDLES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Right answers to questions about a planted fact, by number of segments and way of reading, beside full prefill.
@@ -238,19 +239,19 @@ def agreement(
     ``of_full`` is accuracy as a percentage of full prefill's; ``same`` how often the reply is the same to the letter;
     ``kl`` the median divergence (nats) of the first token from full prefill over the same tokens.
 
-    :param trials: of each of the 25 riddles, each among other segments.
+    :param trials: of each riddle, each among other segments.
     """
     rng = random.Random(seed)
-    texts = iter(segments_of(book, llm, sum(counts) * trials * len(RIDDLES), rng))
+    texts = iter(segments_of(book, llm, sum(counts) * trials * len(riddles), rng))
     splicer = Splicer("smollm2", llm.model)
     report: dict[str, Any] = {}
     for count in counts:
         right: defaultdict[str, list[bool]] = defaultdict(list)
         same: defaultdict[str, list[bool]] = defaultdict(list)
         kl: defaultdict[str, list[float]] = defaultdict(list)
-        for number, riddle in enumerate(RIDDLES):
+        for number, riddle in enumerate(riddles):
             if progress:
-                progress(f"answers, {count} segments", number, len(RIDDLES))
+                progress(f"answers, {count} segments", number, len(riddles))
             for _ in range(trials):
                 own = [next(texts) for _ in range(count)]
                 place = rng.randrange(count)

@@ -145,11 +145,10 @@ def print_bank(report: dict[str, Any], json: bool) -> None:
     if exact := report.get("exact"):
         out.print(render.pairs_table({name: str(value) for name, value in exact.items()}, "float32", "difference"))
         out.print()
-    for name, rows in parts.items():
-        columns = list(dict.fromkeys(column for figure in rows.values() for column in figure))
+    for name, columns in parts.items():  # figures are rows: they are many, and their names long
         table = render.figures_table(name, *columns)
-        for row, figure in rows.items():
-            table.add_row(row, *(str(figure[column]) if column in figure else "" for column in columns))
+        for figure in dict.fromkeys(figure for column in columns.values() for figure in column):
+            table.add_row(figure, *(str(column.get(figure, "")) for column in columns.values()))
         out.print(table)
         out.print()
     if icl := report.get("icl"):

@@ -404,7 +404,7 @@ def test_intervals_are_wilsons_over_the_facts():
     # trials of one fact that all say the same are one trial
     assert xl3m.share(([True] * 4 + [False] * 4) * 50, 4)["low"] == 40.4
     assert xl3m.share([True] * 100, 1)["low"] == 96.3
-    assert xl3m.share([True] * 100, 4)["low"] == xl3m._share([True] * 25, 1)["low"]
+    assert xl3m.share([True] * 100, 4)["low"] == xl3m.share([True] * 25, 1)["low"]
     assert xl3m.share([False] * 100, 1)["high"] == 3.7
 
 
