@@ -86,9 +86,9 @@ class Splicer:
     def __init__(self, name: str, model: Any) -> None:
         self._name = name
         self._model = model
-        self._decoder = model.model
-        self._cache_name = cache_argument(model)
+        self._decoder: Any = getattr(model, "model", None)
         self._check_architecture()
+        self._cache_name = cache_argument(model)
         self._lock = Lock()
         self._prefixes: OrderedDict[tuple[int, ...], Layers] = OrderedDict()
 
@@ -103,7 +103,8 @@ class Splicer:
         elif windows or getattr(config, "sliding_window", None):
             problem = "not every layer attends to everything"
         elif not all(
-            hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "q_proj") for layer in decoder.layers
+            hasattr(layer, "input_layernorm") and hasattr(getattr(layer, "self_attn", None), "q_proj")
+            for layer in decoder.layers
         ):
             problem = "the attention is built otherwise than Llama's"
         elif 2 * rotary.inv_freq.numel() != self._head_dim:

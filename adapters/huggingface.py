@@ -3,8 +3,6 @@
 Nothing is loaded before it is needed: counting tokens loads the tokenizer, the first reply loads the weights. A GGUF
 file takes transformers many seconds to read, every time; it is converted once into the user's cache (``cache_dir``,
 else ``MEMOS_CACHE_DIR``, else the platform's cache folder) and loads from there in well under a second.
-
-Text in a message can never end its own turn: a special token spelled out in a content is read as plain text.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -24,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory_os.adapters.chat_tokenizer import ChatTokenizer
 from memory_os.adapters.tokenizers import end_before
 from memory_os.errors import CapabilityError, ConfigError, LLMError, MemoryOSError, UnknownNameError
 from memory_os.protocols import KV, Reading
@@ -68,7 +66,8 @@ class HuggingFaceLLM:
     :param cache_dir: where converted GGUF files are kept.
     :param kept: keys and values of segments that were read, to read them from instead of computing them again; what is
         not in it is put there, and bounding it is its own affair. Made for this model alone.
-    :param repair: what is computed again where cached segments are spliced; by default what was measured best.
+    :param repair: what is computed again where cached segments are spliced; by default nothing, which was measured
+        best for few segments (docs/bank.md).
     :raises UnknownNameError: for a model that is not there; a name on the hub is looked up at the first use.
     """
 
@@ -239,9 +238,8 @@ class HuggingFaceLLM:
 
     # -- keys and values that are kept (LongMem, training-free) -----------------------------------------------------
 
-    @property
     def search_layer(self) -> int:
-        """The layer whose keys are searched, counted from 0."""
+        """The layer whose keys are searched, counted from 0; loads the model."""
         return int(DEPTH * int(self.model.config.num_hidden_layers))
 
     @property
@@ -390,13 +388,13 @@ class HuggingFaceLLM:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
     @property
-    def _chat(self) -> _ChatTokenizer:
-        def load() -> _ChatTokenizer:
+    def _chat(self) -> ChatTokenizer:
+        def load() -> ChatTokenizer:
             from transformers import AutoTokenizer
 
-            return _ChatTokenizer(self.name, self._pretrained(AutoTokenizer))
+            return ChatTokenizer(self.name, self._pretrained(AutoTokenizer))
 
-        chat: _ChatTokenizer = self._once("tokenizer", load)
+        chat: ChatTokenizer = self._once("tokenizer", load)
         return chat
 
     @property
@@ -448,134 +446,6 @@ class HuggingFaceLLM:
         except (OSError, ValueError) as error:
             hint = f"give a model folder, a .gguf file or 'smollm2', or download it first: hf download {self.name}"
             raise UnknownNameError("model", self.name, hint=f"{hint} ({error})") from error
-
-
-class _ChatTokenizer:
-    """Turns messages into the token ids of a prompt that no content can break out of."""
-
-    # around a special token that a content spells out, and where the memory stands; noncharacters, which no text in
-    # any language has
-    START, END, MEMORY = "\ufdd0", "\ufdd1", "\ufdd2"
-
-    def __init__(self, name: str, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(f"the model {name!r} has no chat template; use its instruct or chat version")
-        self.name = name
-        self.tokenizer = tokenizer
-        template = tokenizer.get_chat_template()
-        added = tokenizer.added_tokens_decoder
-        special = {i: str(t) for i, t in added.items() if t.special or str(t) in template}
-        self._special_ids = frozenset(special)
-        # the longest first, as one may begin another; (?!) matches nothing
-        spelled = "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or "(?!)"
-        self._special = re.compile(spelled)
-        self._marked = re.compile(f"{self.START}({spelled}){self.END}|[{self.START}{self.END}]")
-        self._takes_system = self._probe_system()
-
-    def text(self, text: str) -> list[int]:
-        """Ids of ``text`` alone."""
-        return self._encode_marked(self._mark(text)) if self._special.search(text) else self._encode(text)
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids of the whole prompt: for ordinary contents exactly those of ``apply_chat_template``."""
-        chat: list[dict[str, Any]] = [{**message} for message in messages]
-        if not self._takes_system:
-            chat = _fold_system(chat)
-        ordinary = not any(self._special.search(message["content"]) for message in chat)
-        if not ordinary:
-            chat = [{**message, "content": self._mark(message["content"])} for message in chat]
-        import jinja2
-
-        try:
-            rendered = self._render(chat, tools)
-        except jinja2.TemplateError as error:
-            raise LLMError(self.name, f"its chat template refuses the messages: {error}") from error
-        return self._encode(rendered) if ordinary else self._encode_marked(rendered)
-
-    def around(self, question: str, stem: str) -> tuple[list[int], list[int], list[int]]:
-        """What stands before a segment, the question after it, and the beginning of the answer."""
-        from memory_os.adapters.scoring import after_segment
-
-        asked, cue = after_segment(question, stem)
-        return self.beginning, self.text(asked), self.text(cue)
-
-    @property
-    def beginning(self) -> list[int]:
-        """What plain text begins with: something that all else can attend to."""
-        first = self.tokenizer.bos_token_id
-        return self._encode("\n") if first is None else [first]
-
-    def around_memory(self, prompt: CachedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
-        """Ids of what stands before the memory, of each of its lines by itself, and of what follows."""
-        lines = [self.text(line) for line in prompt.lines]
-        if prompt.plain:
-            before = self.text(f"{prompt.system}{prompt.opening}")
-            return self.beginning + before, lines, self.text("".join(each["content"] for each in prompt.messages))
-        import jinja2
-
-        system: list[Message] = [{"role": "system", "content": prompt.system}] if prompt.system else []
-        chat: list[dict[str, Any]] = [
-            {**message, "content": self._mark(message["content"].replace(self.MEMORY, ""))}
-            for message in (*system, *prompt.messages)
-        ]
-        first = chat[len(system)]
-        first["content"] = f"{prompt.opening}{self.MEMORY}{first['content']}"
-        try:
-            rendered = self._render(chat if self._takes_system else _fold_system(chat))
-        except jinja2.TemplateError as error:
-            raise LLMError(self.name, f"its chat template refuses the messages: {error}") from error
-        head, _, tail = rendered.partition(self.MEMORY)
-        return self._encode_marked(head), lines, self._encode_marked(tail)
-
-    def fingerprint(self) -> str:
-        """Changes with the tokenizer and with its chat template."""
-        content = f"{self.tokenizer.backend_tokenizer.to_str()}{self.tokenizer.get_chat_template()}"
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def _render(self, chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        rendered: str = self.tokenizer.apply_chat_template(
-            chat, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=False
-        )
-        return rendered
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ids
-
-    def _mark(self, text: str) -> str:
-        for mark in (self.START, self.END):  # a content cannot bring marks of its own
-            text = text.replace(mark, "")
-        return self._special.sub(lambda found: f"{self.START}{found[0]}{self.END}", text)
-
-    def _encode_marked(self, text: str) -> list[int]:
-        ids: list[int] = []
-        # split() gives text, marked, text, ...; a mark torn from its token by the template gives None for "marked"
-        for n, piece in enumerate(self._marked.split(text)):
-            if n % 2 == 0:
-                ids += self._encode(piece)
-            elif piece:  # letter by letter, no tokenizer sees the special token
-                ids += [i for letter in piece for i in self._encode(letter) if i not in self._special_ids]
-        return ids
-
-    def _probe_system(self) -> bool:
-        import jinja2
-
-        try:
-            probe = "system prompt probe"
-            return probe in self._render([{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}])
-        except jinja2.TemplateError:
-            return False
-
-
-def _fold_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The chat for a template that knows no system role: what it says opens the first user message."""
-    system = "\n\n".join(message["content"] for message in chat if message["role"] == "system")
-    rest = [message for message in chat if message["role"] != "system"]
-    if not system:
-        return rest
-    if not rest or rest[0]["role"] != "user":
-        return [{"role": "user", "content": system}, *rest]
-    return [{**rest[0], "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 class _Conversion:

@@ -48,7 +48,7 @@ REPAIRS: dict[str, Repair] = {
     "first 8": Repair(first=8),
     "first 16": Repair(first=16),
     "15 %": Repair(share=0.15),
-    "first 8, 15 %": Repair(first=8, share=0.15),
+    "first 8 + 15 %": Repair(first=8, share=0.15),
     "temperature 0.9": Repair(temperature=0.9),
 }
 """By name; see ``adapters.caching.Repair``."""

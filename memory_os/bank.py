@@ -63,7 +63,7 @@ class LLMBank:
     @property
     def _layer(self) -> int:
         chosen = self._bank.options.layer
-        return self._llm.search_layer if chosen is None else chosen
+        return self._llm.search_layer() if chosen is None else chosen
 
     def _prompt(self, segments: Sequence[Segment]) -> CachedPrompt:
         return replace(self._layout.beginning, lines=tuple(map(self._layout.line, segments)))

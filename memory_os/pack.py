@@ -143,12 +143,19 @@ class CachedFrame(Frame):
         if not memory:
             return self.counter.count_tokens(self.messages(flash), self.tools)
         assert isinstance(self.counter, CachingLLM)
-        return self.counter.count_cached(self.prompt(flash, memory))
+        return self.counter.count_cached(self.prompt(flash, memory)) + self._of_tools(flash)
+
+    def _of_tools(self, flash: Sequence[Segment]) -> int:
+        """Tokens of the tool schemas, which stand apart from the memory."""
+        if not self.tools:
+            return 0
+        bare = self.messages(flash)
+        return self.counter.count_tokens(bare, self.tools) - self.counter.count_tokens(bare)
 
     def room(self, flash: Sequence[Segment]) -> int:
         """What the limit leaves for lines of memory; exact."""
         assert isinstance(self.counter, CachingLLM)
-        return self.limit - self.counter.count_cached(self.prompt(flash, ()))
+        return self.limit - self.counter.count_cached(self.prompt(flash, ())) - self._of_tools(flash)
 
     def fenced(self, memory: Sequence[Line]) -> str:
         """The memory block; empty without lines."""

@@ -179,7 +179,6 @@ class KV:
 class CachingLLM(LLM, Protocol):
     """An LLM whose keys and values can be kept and injected (LongMem, training-free)."""
 
-    @property
     def search_layer(self) -> int:
         """The layer whose keys tell best what a query is about, counted from 0."""
 

@@ -54,6 +54,10 @@ def test_times_and_sizes_are_told(book, llm, capsys):
     assert "text_over_cached" in capsys.readouterr().out
 
 
+def test_every_repair_can_be_named_in_a_list():
+    assert not [name for name in bank.REPAIRS if "," in name]
+
+
 def test_a_part_that_is_none_is_one_clear_error(monkeypatch, capfd):
     for arguments, words in ((["--parts", "speed"], "unknown part 'speed'"), (["--repairs", "glue"], "unknown repair")):
         monkeypatch.setattr(sys, "argv", ["memos", "bench", "bank", *arguments])

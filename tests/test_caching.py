@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from memory_os.adapters import huggingface
 from memory_os.adapters.caching import Repair, Splicer
@@ -298,6 +298,8 @@ def test_a_model_whose_positions_cannot_be_moved_is_refused():
     Splicer("plain", tiny())
     with pytest.raises(CapabilityError, match=r"stretched.*\(dynamic\) cannot be moved"):
         Splicer("stretched", tiny(rope_parameters=dynamic))
+    with pytest.raises(CapabilityError, match="cannot be moved"):
+        Splicer("learned positions", GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=50)))
     model = tiny()
     model.config.sliding_window = 16
     with pytest.raises(CapabilityError, match="not every layer attends to everything"):

@@ -34,7 +34,8 @@ class WordLLM(ScriptedLLM):
     (nats), by which alone it goes where a text says nothing.
     """
 
-    search_layer = 0
+    def search_layer(self):
+        return 0
 
     def __init__(self, *, context_window: int = 8192) -> None:
         super().__init__([], context_window=context_window)

@@ -128,20 +128,20 @@ def test_sampling_differs_from_greedy(llm):
 
 
 def test_a_template_without_a_system_role_gets_it_in_the_first_user_message(llm, tokenizer, monkeypatch):
-    from memory_os.adapters.huggingface import _ChatTokenizer
+    from memory_os.adapters.chat_tokenizer import ChatTokenizer
 
     refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = refuses + "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    chat = _ChatTokenizer("strict", tokenizer)
+    chat = ChatTokenizer("strict", tokenizer)
     assert tokenizer.decode(chat.prompt(CHAT[:2])) == "[user] You answer in one sentence.\n\nHi  there!\n\n\n"
     assert tokenizer.decode(chat.prompt(CHAT[:1])) == "[user] You answer in one sentence.\n"
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('never') }}")
     with pytest.raises(LLMError, match="never"):
-        _ChatTokenizer("strict", tokenizer).prompt(ASK)
+        ChatTokenizer("strict", tokenizer).prompt(ASK)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(ConfigError, match="no chat template"):
-        _ChatTokenizer("base", tokenizer)
+        ChatTokenizer("base", tokenizer)
 
 
 def test_unknown_models_are_refused_with_the_fix(tmp_path):

@@ -1,5 +1,6 @@
 """The controller longmem-free on the real SmolLM2: memory enters as keys and values, and is read once in its life."""
 
+import copy
 import json
 import sys
 from contextlib import contextmanager
@@ -175,6 +176,31 @@ def test_flash_memory_follows_what_is_cached(path, llm):
         assert "</memory>\n\nHello, it is me again." in context.messages[1]["content"]
         assert context.account.flash > 0
         assert context.n_tokens == llm.count_cached(context.cached)
+
+
+def test_tool_schemas_count_beside_cached_memory(path, llm):
+    chat = copy.deepcopy(llm._chat)
+    chat.tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + chat.tokenizer.chat_template
+    told_of_tools = HuggingFaceLLM()
+    told_of_tools._parts = {**llm._parts, "tokenizer": chat}
+    told_of_tools._parts.pop("kv fingerprint", None)
+    tools = [{"type": "function", "function": {"name": "look_up", "description": "Looks things up. " * 10}}]
+    with opened(path, told_of_tools) as memory:
+        scope = memory.namespace("a")
+        told(scope)
+        bare, counted = (scope.context("What is my cat called?", tools=own) for own in ((), tools))
+        assert counted.segments == bare.segments
+        assert counted.n_tokens == told_of_tools.count_tokens(counted.messages, tools) > bare.n_tokens + 30
+        tight = scope.context("What is my cat called?", tools=tools, budget=counted.n_tokens - 1)
+        assert len(tight.segments) < len(counted.segments)
+        assert tight.n_tokens < counted.n_tokens
+
+
+def test_opening_loads_no_weights(path):
+    fresh = HuggingFaceLLM()
+    with opened(path, fresh) as memory:
+        memory.namespace("a").add("My cat is called Miso.")
+    assert "model" not in fresh._parts
 
 
 # What the model's attention adds.
@@ -360,4 +386,8 @@ def test_the_command_shows_fills_and_empties(path, llm, monkeypatch, capfd):
     assert (report["segments"], report["computed"]) == (5, 0)
     assert 0 < report["bytes"] < 5 * 40 * 13_000
     assert memos("--drop")[1]["segments"] == 0
+    assert any("full prefill" in note for note in report["notes"])
     assert memos("--drop", "--fill")[0] == 2
+    monkeypatch.setenv("MEMOS_LLM", "http://localhost:1/v1#any")  # which has no keys and values to show
+    assert memos("--drop")[0] == 0
+    assert memos()[0] == 1
