@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -17,6 +18,7 @@ from memory_os.bank import LLMBank
 from memory_os.cli.main import run
 from memory_os.pack import CachedFrame, cached_line, pack
 from memory_os.protocols import CachingLLM
+from memory_os.turn import prepare
 from memory_os.types import Action, Candidate, Choice, Decision, Form, Outcome, Reason, Segment
 
 FACTS = [
@@ -225,10 +227,11 @@ def test_attention_joins_recall_and_is_shown(path, llm):
 
 
 def test_nothing_enters_where_nothing_is_about_the_query(path, llm):
-    with opened(path, llm, embedder="minilm") as memory:
+    with opened(path, llm, embedder="minilm", controller=LongMemFreeController(k=60)) as memory:
         scope = memory.namespace("a")
-        told(scope)
-        scope.fill_bank()
+        told(scope, [*FACTS, *(f"Number {n} is odd, said the clerk at desk {n}." for n in range(400))])
+        scope.fill_bank()  # attention always finds something, also what recall did not offer
+        assert any(e.reason is Reason.ATTENDED for e in scope.context("What is my cat called?").ledger)
         assert scope.context("What is my cat called?").segments
         context = scope.context("Thanks, good night!")
         assert not context.segments
@@ -241,6 +244,12 @@ def test_a_query_sees_only_what_was_before_it(path, llm):
         told(scope)
         reply = scope.session("new").chat("What is my cat called?")
         assert reply.trace.query_id not in {entry.segment_id for entry in reply.trace.ledger}
+        asked, *_ = told(scope, ["What is my cat called?", *(f"My cat number {n} is called Tom." for n in range(20))])
+        scope.fill_bank()
+        parts = replace(memory.parts, controller=LongMemFreeController(k=50, place=0))
+        context = prepare(parts, scope.labels, None, asked.text, budget=2048, asked=asked)
+        assert any("attention" in entry.signals for entry in context.ledger)
+        assert all(entry.seq < asked.seq for entry in context.ledger)
 
 
 # The bank keeps up, heals, and forgets.
@@ -252,6 +261,18 @@ def test_a_turn_puts_what_was_said_into_the_bank(path, llm):
         scope.session("new").chat("My cat is called Miso.")
         assert scope.bank_status().n_segments == 2
         assert scope.fill_bank() == 0  # nothing is missing
+
+
+def test_what_the_bank_has_no_room_for_is_computed_for_this_turn(path, llm):
+    with opened(path, llm, bank=BankOptions(max_tokens=1)) as memory:
+        scope = memory.namespace("a")
+        told(scope)
+        for session in ("one", "two"):
+            reply = scope.session(session).chat("What is my cat called?")
+            assert reply.text
+            n = len(reply.context.segments)
+            assert f"; {n} of {n} segments were computed now" in reply.trace.notes[-1]
+        assert scope.bank_status().n_segments == 0
 
 
 def test_filling_takes_the_newest_that_there_is_room_for(path, llm):
