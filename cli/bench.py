@@ -17,7 +17,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Measure recall and speed, beside simpler retrievers.", no_args_is_help=True)
 
 Compare = Annotated[str, typer.Option("--compare", help="Peers beside us, with commas: bm25, chroma, recency, rrf.")]
-Embedder = Annotated[str, typer.Option("--embedder", help="minilm, st:NAME or hash.")]
+Embedder = Annotated[str, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.")]
 NoPlot = Annotated[bool, typer.Option("--no-plot", help="Draw nothing.")]
 More = Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files.", show_default=False)]
 

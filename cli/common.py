@@ -44,7 +44,7 @@ Llm = Annotated[
     typer.Option("--llm", help="smollm2, hf:NAME, URL#MODEL or provider:model.", rich_help_panel="Settings"),
 ]
 Embedder = Annotated[
-    str | None, typer.Option("--embedder", help="minilm, st:NAME or hash.", rich_help_panel="Settings")
+    str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
 Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
 Controller = Annotated[

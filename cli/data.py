@@ -230,19 +230,17 @@ def forget(
 
     Example: memos forget 12 13
 
-    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces, bank.
+    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces, bank, items.
     """
     named = refs or []
     if sum([bool(named), whole_session is not None, everything]) != 1:
         raise typer.BadParameter("name segments, or --whole-session NAME, or --everything")
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
     with opened(flags) as (_, scope, settings):
-        count = scope.forget(*named, session=whole_session, everything=everything, preview=True)["segments"]
-        if preview:
-            counts = {"segments": count}
-        else:
+        counts = scope.forget(*named, session=whole_session, everything=everything, preview=True)
+        if not preview:
             if not yes:
-                going = render.count_of(count)
+                going = _going(counts)
                 if not sys.stdin.isatty():
                     raise typer.BadParameter(f"this would forget {going}; say --yes to do it unasked")
                 typer.confirm(f"Forget {going} of {settings.namespace} for good?", abort=True, err=True)
@@ -251,7 +249,12 @@ def forget(
         render.print_json(counts)
     else:
         verb = "Would forget" if preview else "Forgot"
-        render.out().print(f"{verb} {render.count_of(counts['segments'])}.")
+        render.out().print(f"{verb} {_going(counts)}.")
+
+
+def _going(counts: dict[str, int]) -> str:
+    items = counts["items"]
+    return render.count_of(counts["segments"]) + (f" and {items} item{'s' if items > 1 else ''}" if items else "")
 
 
 def export(

@@ -23,6 +23,9 @@ from memory_os.cli.common import (
 
 __all__ = ["config", "context", "doctor", "search", "stats", "why"]
 
+WORK_LEFT = ("pending_vectors", "pending_item_vectors")
+"""What the doctor finds that is no fault."""
+
 
 def context(
     query: Annotated[str, typer.Argument(help="What the model is about to be asked.")],
@@ -147,8 +150,8 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
     Example: memos stats -n acme/alice
 
-    JSON: segments, sessions, tokens, first, last, vectors, summaries, pending, scores, traces, bank, file, file_bytes,
-    namespaces.
+    JSON: segments, sessions, tokens, first, last, vectors, summaries, pending, scores, traces, bank, items, file,
+    file_bytes, namespaces.
     """
     from memory_os.config import format_labels
 
@@ -186,7 +189,7 @@ def doctor(
     else:
         verdicts = {kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind]) for kind in found}
         render.out().print(render.pairs_table(verdicts, "check", "result"))
-    if any(count for kind, count in remaining.items() if kind != "pending_vectors"):
+    if any(count for kind, count in remaining.items() if kind not in WORK_LEFT):
         if not repair:
             render.talk().print("memos doctor --repair mends what can be rebuilt.")
         raise typer.Exit(1)
@@ -197,7 +200,7 @@ def _verdict(kind: str, found: int, remaining: int) -> str:
         return "ok"
     if not remaining:
         return f"{found} mended"
-    if kind == "pending_vectors":
+    if kind in WORK_LEFT:
         return f"{remaining} still to be made (work left, no fault)"
     return f"{remaining} FAULTY" + ("; restore a backup or an export" if kind == "damage" else "")
 

@@ -43,6 +43,7 @@ class AsyncScope:
 
     add = _threaded(Scope.add)
     add_many = _threaded(Scope.add_many)
+    replace_many = _threaded(Scope.replace_many)
     ingest = _threaded(Scope.ingest)
     summarize = _threaded(Scope.summarize)
     sources = _threaded(Scope.sources)
@@ -51,7 +52,10 @@ class AsyncScope:
     export_alr2 = _threaded(Scope.export_alr2)
     import_ = _threaded(Scope.import_)
     context = _threaded(Scope.context)
+    answered = _threaded(Scope.answered)
     search = _threaded(Scope.search)
+    nearest = _threaded(Scope.nearest)
+    lookup = _threaded(Scope.lookup)
     why = _threaded(Scope.why)
     confirm = _threaded(Scope.confirm)
     history = _threaded(Scope.history)

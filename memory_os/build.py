@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from memory_os.backlog import Backlog
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
@@ -13,6 +14,9 @@ from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions
 
 if TYPE_CHECKING:
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.language_models import BaseChatModel
+
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
 
 __all__ = [
@@ -125,8 +129,8 @@ ADAPTERS_WITH = {
 def build_parts(
     path: str | Path,
     *,
-    llm: str | LLM | None,
-    embedder: str | Embedder,
+    llm: str | LLM | BaseChatModel | None,
+    embedder: str | Embedder | Embeddings,
     vectors: str,
     controller: str | Controller,
     controller_options: Mapping[str, Any],
@@ -140,10 +144,10 @@ def build_parts(
     :raises StoreError: if the database cannot be opened.
     """
     file = database_path(path)
-    chosen_llm = make_llm(llm) if isinstance(llm, str) else llm
+    chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
-    chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else embedder
+    chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
     counter = _counter(tokenizer, chosen_llm)
@@ -152,6 +156,7 @@ def build_parts(
 
     from memory_os.adapters.tokenizers import counter_for
     from memory_os.stores.bank import SegmentBank
+    from memory_os.stores.items import SqliteItems
     from memory_os.stores.manifest import bank_folder
     from memory_os.stores.sqlite import SqliteStore
 
@@ -164,6 +169,7 @@ def build_parts(
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
+        items=SqliteItems(store.database),
     )  # fmt: skip
 
 
@@ -213,6 +219,7 @@ def make_embedder(name: str) -> Embedder:
     """The embedder of this name, not loaded yet.
 
     :raises UnknownNameError: for a name that is no embedder's.
+    :raises ConfigError: if LangChain cannot set it up.
     """
     if name in EMBEDDERS:
         return EMBEDDERS[name]()
@@ -220,7 +227,12 @@ def make_embedder(name: str) -> Embedder:
         from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
 
         return SentenceTransformerEmbedder(name.removeprefix("st:"))
-    raise UnknownNameError("embedder", name, EMBEDDERS, "or st:NAME for any sentence-transformers model or folder")
+    if ":" in name:
+        from memory_os.adapters.langchain_models import LangChainEmbedder
+
+        return LangChainEmbedder.from_string(name)
+    hint = "or st:NAME for any sentence-transformers model or folder, or provider:model through LangChain"
+    raise UnknownNameError("embedder", name, EMBEDDERS, hint)
 
 
 def make_llm(name: str) -> LLM:
@@ -238,10 +250,30 @@ def make_llm(name: str) -> LLM:
 
         return OpenAICompatibleLLM(*_url_and_model(name))
     if ":" in name:
-        from memory_os.adapters.langchain import LangChainLLM
+        from memory_os.adapters.langchain_models import LangChainLLM
 
         return LangChainLLM.from_string(name)
     raise _unknown_llm(name)
+
+
+def _own_llm(llm: LLM | BaseChatModel | None) -> LLM | None:
+    """A LangChain chat model as an LLM; anything else as it is."""
+    langchain = sys.modules.get("langchain_core.language_models")  # who has such an object has imported it
+    if langchain and isinstance(llm, langchain.BaseChatModel):
+        from memory_os.adapters.langchain_models import LangChainLLM
+
+        return LangChainLLM(llm)
+    return cast("LLM | None", llm)
+
+
+def _own_embedder(embedder: Embedder | Embeddings) -> Embedder:
+    """LangChain embeddings as an embedder; anything else as it is."""
+    langchain = sys.modules.get("langchain_core.embeddings")
+    if langchain and isinstance(embedder, langchain.Embeddings):
+        from memory_os.adapters.langchain_models import LangChainEmbedder
+
+        return LangChainEmbedder(embedder)
+    return cast("Embedder", embedder)
 
 
 def tokenizer_of(llm: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memory_os.derive import catch_up
+from memory_os.items import Items
 from memory_os.turn import Parts
 
 __all__ = ["check", "repair"]
@@ -13,7 +14,7 @@ __all__ = ["check", "repair"]
 def check(parts: Parts) -> dict[str, list[str]]:
     """Faults by kind, each with what it concerns: of the store, of the index (what it holds too much), of the bank.
 
-    ``pending_vectors`` is work that was interrupted and not a fault of the data.
+    ``pending_vectors`` and ``pending_item_vectors`` are work that was interrupted and not a fault of the data.
     """
     faults = parts.store.check(parts.embedder.fingerprint)
     faults["index"] = _index_strays(parts)
@@ -46,6 +47,8 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[
             namespace,
             progress=_from(done, progress),
         )
+        if parts.items:
+            Items(parts.items, parts.embedder, namespace).catch_up()
         if moved:
             parts.index.drop(namespace)
         parts.index.sync(namespace)

@@ -12,6 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from memory_os.derive import BATCH, catch_up
 from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
+from memory_os.items import Items
+from memory_os.protocols import ItemChange
 from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
@@ -19,10 +21,12 @@ from memory_os.types import (
     BankOptions,
     Confirmation,
     Context,
+    Conversation,
     Hit,
     Kind,
     Namespace,
     NewSegment,
+    Outcome,
     Reply,
     Role,
     Segment,
@@ -31,15 +35,19 @@ from memory_os.types import (
 )
 
 if TYPE_CHECKING:
+    from langchain_core.embeddings import Embeddings
+    from langchain_core.language_models import BaseChatModel
+
     from memory_os.aligned import AlignedReport
     from memory_os.bank import LLMBank
     from memory_os.examples import Examples
-    from memory_os.protocols import LLM, BankStatus, Controller, Embedder, TokenCounter
+    from memory_os.protocols import LLM, BankStatus, Controller, Embedder, TokenCounter, Vector
     from memory_os.summarize import Summary
 
 __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 
 DEFAULT_SESSION = "default"
+NO_LIMIT = 2**53
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 JUDGES = ("user", "gold", "judge")
@@ -67,8 +75,8 @@ class Memory:
         cls,
         path: str | Path,
         *,
-        llm: str | LLM | None = None,
-        embedder: str | Embedder = "minilm",
+        llm: str | LLM | BaseChatModel | None = None,
+        embedder: str | Embedder | Embeddings = "minilm",
         vectors: str = "exact",
         controller: str | Controller = "auto",
         controller_options: Mapping[str, Any] | None = None,
@@ -78,9 +86,10 @@ class Memory:
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
 
-        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"URL#MODEL"``, ``"provider:model"`` or an object; for every verb
-            that generates or reads.
-        :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"`` or an object.
+        :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"URL#MODEL"``, ``"provider:model"`` or an object, a LangChain chat
+            model among them; for every verb that generates or reads.
+        :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
+            ``Embeddings`` among them.
         :param vectors: ``"exact"`` or ``"chroma"``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
@@ -169,6 +178,16 @@ class Scope:
         """The same verbs on the whole namespace."""
         return Scope(self._parts, self.labels)
 
+    @property
+    def items(self) -> Items:
+        """Mutable JSON values under a path and a key, beside the segments: what LangGraph's long-term store keeps.
+
+        They belong to the whole namespace, whatever the session, and recall does not see them.
+        """
+        if self._parts.items is None:
+            raise ConfigError("this memory was put together without a store of items; Memory.open makes one")
+        return Items(self._parts.items, self._parts.embedder, self.labels)
+
     # -- write -----------------------------------------------------------------------------------------------------
 
     def add(
@@ -205,6 +224,23 @@ class Scope:
     def add_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
         """Store several at once, in order, with their vectors; gives back those that were not stored before."""
         stored = self._parts.store.append(self.labels, segments)
+        catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
+        return stored
+
+    def replace_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
+        """Store several by their keys, in order: one whose key is known takes the place of what is under it.
+
+        What is there unchanged stays as it is. All are stored, or none; gives back all of them.
+
+        :raises InvalidInputError: for a segment without a key, or text or metadata that cannot be stored.
+        """
+        for new in segments:
+            check_text(new.text)
+            if not new.key:
+                raise InvalidInputError("a segment without a key cannot take the place of another; give it one")
+        checked = [replace(new, metadata=_checked_metadata(new.metadata)) for new in segments]
+        stored = self._parts.store.replace(self.labels, checked)
+        self._parts.index.sync(self.labels)
         catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
         return stored
 
@@ -362,9 +398,9 @@ class Scope:
     ) -> dict[str, int]:
         """Delete segments (by id or ``seq``), a whole session, or everything in the namespace; counts by place.
 
-        Summaries that were made of them go as well.
+        Summaries that were made of them go as well. Items go with everything only: they belong to no session.
 
-        :param preview: only count the segments that would go.
+        :param preview: only count the segments and items that would go.
         :raises UnknownNameError: if a segment does not exist; nothing was deleted.
         """
         if sum([bool(refs), session is not None, everything]) != 1:
@@ -376,15 +412,16 @@ class Scope:
         if session is not None and not ids:
             raise UnknownNameError("session", session)
         if preview:
-            return {"segments": len(self._parts.store.with_summaries(self.labels, ids))}
-        counts = self._parts.store.delete(self.labels, list(dict.fromkeys(ids)))
+            n_items = self.items.count() if everything and self._parts.items else 0
+            return {"segments": len(self._parts.store.with_summaries(self.labels, ids)), "items": n_items}
+        counts = self._parts.store.delete(self.labels, list(dict.fromkeys(ids)), items=everything)
         self._parts.index.sync(self.labels)
         return counts
 
     def export(self, file: str | Path | IO[str]) -> int:
         """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
 
-        Traces go with a whole namespace only. An existing file is replaced when the export is complete.
+        Traces and items go with a whole namespace only. An existing file is replaced when the export is complete.
         """
         count = 0
 
@@ -395,7 +432,8 @@ class Scope:
                 yield segment
 
         traces: Iterable[Trace] = () if self.session_name else self._parts.store.traces(self.labels)
-        lines = (line + "\n" for line in export_lines(counted(), traces))
+        items = () if self.session_name or self._parts.items is None else self.items.scan()
+        lines = (line + "\n" for line in export_lines(counted(), traces, items))
         if isinstance(file, str | Path):
             replace_file(Path(file).expanduser(), lines)
         else:
@@ -452,7 +490,8 @@ class Scope:
     ) -> tuple[int, int]:
         """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
 
-        ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there.
+        ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there. An item that is as
+        new here stays. Only segments are counted.
 
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
         """
@@ -463,8 +502,11 @@ class Scope:
             for record in batch:
                 if isinstance(record, Trace):
                     self._parts.store.save_trace(replace(record, namespace=self.labels))
-                else:
+                elif isinstance(record, NewSegment):
                     n_segments += 1
+            changes = [record for record in batch if isinstance(record, ItemChange)]
+            if changes:
+                self.items.merge(changes)
             stored, known = stored + len(new), known + n_segments - len(new)
             if progress:
                 progress(stored, known)
@@ -477,24 +519,56 @@ class Scope:
         query: str,
         *,
         budget: int | None = None,
+        memory_tokens: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        conversation: Conversation | None = None,
         record: bool = False,
+        asked: Segment | None = None,
     ) -> Context:
         """Choose what enters the model's context for a query, for callers who run the model themselves.
 
         :param budget: most tokens of ``context.messages``, in the tokenizer that the memory was opened with.
+        :param memory_tokens: most tokens of what is recalled, its fence included; alone, it is the only limit.
         :param tools: tool schemas that will be sent along; they are counted.
+        :param conversation: the caller's own prompt around the query, in place of the memory's system prompt and
+            flash memory; it is counted, and its turns are not recalled again.
         :param record: also store the query as the user's turn, and the trace, as ``chat`` does. Otherwise nothing
-            is stored, and asking again gives the same context.
+            is stored, and asking again gives the same context. ``answered`` then adds the reply.
+        :param asked: the query's own segment, where the caller has stored it: only the trace is then to be stored.
         :raises BudgetError: if the fixed parts alone are over the budget.
+        :raises ConfigError: for a conversation with a controller whose memory enters as keys and values.
         """
         check_text(query)
         limit = self._parts.options.budget if budget is None else budget
-        asked = self.add(query) if record else None
-        context = prepare(self._parts, self.labels, self.session_name, query, budget=limit, tools=tools, asked=asked)
-        if record:
+        if budget is None and memory_tokens is not None:
+            limit = NO_LIMIT
+        if record and asked is None:
+            asked = self.add(query)
+        context = prepare(
+            self._parts,
+            self.labels,
+            self.session_name,
+            query,
+            budget=limit,
+            tools=tools,
+            asked=asked,
+            conversation=conversation,
+            memory_tokens=memory_tokens,
+        )
+        if asked:
             self._parts.store.save_trace(context.trace)
         return context
+
+    def answered(self, turn: str | int, reply: str | int) -> Trace:
+        """Say which stored segment is the reply to a recorded turn, so that ``why`` and ``confirm`` know it.
+
+        :param turn: as in ``why``.
+        :param reply: id or ``seq`` of the reply's segment.
+        :raises UnknownNameError: if there is no such turn or segment.
+        """
+        trace = replace(self._trace(turn), reply_id=self.segment(reply).id, outcome=Outcome.ANSWERED)
+        self._parts.store.save_trace(trace)
+        return trace
 
     def search(self, query: str, *, k: int = 10) -> list[Hit]:
         """The ``k`` best segments of the namespace for a query, best first, with every signal."""
@@ -504,6 +578,37 @@ class Scope:
         parts = self._parts
         catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
         return parts.recall(self.labels, query, k=k).hits
+
+    def nearest(
+        self, query: str | Sequence[float], *, k: int = 10, where: Callable[[Segment], bool] | None = None
+    ) -> list[Hit]:
+        """The ``k`` segments of the namespace nearest to a query by embedding alone, best first.
+
+        :param query: a text, or a vector of the memory's embedder; its length does not matter.
+        :param where: only segments of which this is true.
+        :raises InvalidInputError: for a vector of another dimension.
+        """
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, not {k}")
+        parts = self._parts
+        catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
+        if isinstance(query, str):
+            vector = parts.embedder.embed_query(check_text(query))
+        else:
+            vector = _as_unit(query, parts.embedder.dimension)
+        hits: list[Hit] = []
+        seen: set[str] = set()
+        n = k
+        while True:  # wider until enough of them are wanted, or there are no more
+            found = [(id_, cosine) for id_, cosine in parts.index.search(self.labels, vector, n) if id_ not in seen]
+            segments = parts.store.get(self.labels, [id_ for id_, _ in found])
+            for id_, cosine in found:
+                if id_ in segments and (where is None or where(segments[id_])):
+                    hits.append(Hit(segments[id_], cosine, {"dense": cosine}))
+            seen.update(id_ for id_, _ in found)
+            if len(hits) >= k or len(seen) < n:
+                return hits[:k]
+            n *= 4
 
     def why(self, turn: str | int | None = None, *, expect: str | int | None = None) -> tuple[Trace, Finding | None]:
         """The trace of a turn, and where an expected segment was lost.
@@ -577,6 +682,11 @@ class Scope:
         if segment is None:
             raise UnknownNameError("segment", str(ref), hint="name it by its id or its number, as search shows them")
         return segment
+
+    def lookup(self, refs: Iterable[str]) -> dict[str, Segment]:
+        """The segments with these ids or keys, by what they were asked for by; those that do not exist are left out."""
+        wanted = list(dict.fromkeys(refs))
+        return self._parts.store.get(self.labels, wanted) | self._parts.store.by_key(self.labels, wanted)
 
     def stats(self) -> dict[str, Any]:
         """Counts of what the namespace holds."""
@@ -678,6 +788,16 @@ class Stream:
         if self._reply is None:
             raise ConfigError("the reply is there when the stream has ended; iterate it to its end first")
         return self._reply
+
+
+def _as_unit(numbers: Sequence[float], dimension: int) -> Vector:
+    import numpy as np
+
+    vector = np.asarray(numbers, dtype=np.float32)
+    if vector.shape != (dimension,) or not np.isfinite(vector).all():
+        raise InvalidInputError(f"a query vector has {dimension} finite numbers here, not the shape {vector.shape}")
+    length = float(np.linalg.norm(vector))
+    return vector / length if length else vector
 
 
 def _opened(path: str | Path) -> IO[bytes]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from memory_os.errors import BudgetError
 from memory_os.fence import defused
@@ -27,6 +27,7 @@ from memory_os.types import (
     CachedPrompt,
     Candidate,
     Choice,
+    Conversation,
     Decision,
     Form,
     LedgerEntry,
@@ -38,6 +39,7 @@ from memory_os.types import (
 __all__ = [
     "CachedFrame",
     "Frame",
+    "GivenFrame",
     "Packed",
     "cached_line",
     "date_line",
@@ -80,7 +82,10 @@ class Frame:
     def messages(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> tuple[Message, ...]:
         """The prompt with this flash memory, and this memory in its fence."""
         fenced = self.fenced(memory)
-        content = f"{fenced}\n\n{self.query}" if fenced else self.query
+        return self._around(flash, f"{fenced}\n\n{self.query}" if fenced else self.query)
+
+    def _around(self, flash: Sequence[Segment], content: str) -> tuple[Message, ...]:
+        """The prompt whose last words are ``content``."""
         return _merged([*self._before(), *map(_as_message, flash), {"role": "user", "content": content}])
 
     def _before(self) -> list[Message]:
@@ -93,8 +98,7 @@ class Frame:
     def room(self, flash: Sequence[Segment]) -> int:
         """What the limit leaves for lines of memory and dates; not exact, as tokens can merge where texts meet."""
         fenced = "\n".join([OPEN, "-", CLOSE])
-        content = f"{fenced}\n\n{self.query}"
-        messages = _merged([*self._before(), *map(_as_message, flash), {"role": "user", "content": content}])
+        messages = self._around(flash, f"{fenced}\n\n{self.query}")
         return self.limit - self.counter.count_tokens(messages, self.tools)
 
     def fenced(self, memory: Sequence[Line]) -> str:
@@ -118,6 +122,18 @@ class Frame:
         if needed > self.limit:
             raise BudgetError(self.limit, needed)
         return needed
+
+
+@dataclass(frozen=True, slots=True)
+class GivenFrame(Frame):
+    """What surrounds the memory in a prompt of the caller's own, where flash memory stands already."""
+
+    conversation: Conversation = field(default_factory=Conversation)
+
+    def _around(self, flash: Sequence[Segment], content: str) -> tuple[Message, ...]:
+        """The caller's prompt, each message as it is, with ``content`` in place of the query."""
+        before, after = self.conversation.before, self.conversation.after
+        return (*self._before(), *before, {"role": "user", "content": content}, *after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,14 @@ class CachedFrame(Frame):
         return ""
 
 
+class Kept(NamedTuple):
+    """How a candidate enters: its line, what that costs, and the text in it."""
+
+    line: str
+    cost: int
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """The outcome of packing; ``account.total <= frame.limit`` always."""
@@ -179,6 +203,7 @@ class Packed:
     segments: tuple[Segment, ...]
     ledger: tuple[LedgerEntry, ...]
     account: Account
+    shown: tuple[str, ...]
     cached: CachedPrompt | None = None
 
 
@@ -269,27 +294,28 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
     before = frame.count(flash)
     room = frame.room(flash)
     dates = {""}
-    kept: dict[str, tuple[str, int, Choice]] = {}
+    kept: dict[str, Kept] = {}
     trimmed: set[str] = set()
     wanted = [choice for choice in decision.choices if choice.form is not None]
     for position, choice in enumerate(wanted):
         candidate = by_id[choice.segment_id]
         line, cost = _line(candidate, choice, frame)
+        text = candidate.segment.text if choice.text is None else choice.text
         date = frame.heading(candidate.segment)
         extra = 0 if date in dates else frame.counter.count_text(date + "\n")
         if cost + extra > room and position == 0 and choice.form is not Form.QUOTE:  # half a quote is none
             cut = _trim(candidate, choice, int(room * TRIM_SHARE) - extra, frame)
             if cut:
-                line, cost = cut
+                text, line, cost = cut
                 trimmed.add(choice.segment_id)
         if cost + extra <= room:
-            kept[choice.segment_id] = (line, cost, choice)
+            kept[choice.segment_id] = Kept(line, cost, text)
             room -= cost + extra
             dates.add(date)
 
     def rendered() -> list[Line]:
         chosen = sorted(kept, key=lambda id_: by_id[id_].segment.seq)
-        return [(by_id[id_].segment, kept[id_][0]) for id_ in chosen]
+        return [(by_id[id_].segment, kept[id_].line) for id_ in chosen]
 
     lines = rendered()
     total = frame.count(flash, lines)
@@ -303,13 +329,13 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
         for rank, choice in enumerate(decision.choices, start=1)
     )
     in_order = sorted((by_id[id_].segment for id_ in kept), key=lambda segment: segment.seq)
-    fixed = frame.count()
     bare = Frame(frame.system, "", frame.counter, frame.limit, tools=frame.tools).count()
+    asked = Frame(frame.system, frame.query, frame.counter, frame.limit, tools=frame.tools).count()
     account = Account(
         limit=frame.limit,
         system=bare,
-        query=fixed - bare,
-        flash=before - fixed,
+        query=asked - bare,
+        flash=before - asked,
         activated=total - before,
         total=total,
         reply_reserve=frame.reply_reserve,
@@ -322,6 +348,7 @@ def pack(frame: Frame, flash: Sequence[Segment], candidates: Sequence[Candidate]
         tuple(in_order),
         ledger,
         account,
+        tuple(kept[segment.id].text for segment in in_order),
         frame.prompt(flash, lines) if lines and isinstance(frame, CachedFrame) else None,
     )
 
@@ -333,32 +360,31 @@ def _line(candidate: Candidate, choice: Choice, frame: Frame) -> tuple[str, int]
     return line, candidate.n_tokens if whole else frame.counter.count_text(line + "\n")
 
 
-def _trim(candidate: Candidate, choice: Choice, room: int, frame: Frame) -> tuple[str, int] | None:
-    """The longest beginning that fits ``room`` with the marker, as ``(line, tokens)``; None if hardly any would."""
+def _trim(candidate: Candidate, choice: Choice, room: int, frame: Frame) -> tuple[str, str, int] | None:
+    """The longest beginning that fits ``room`` with the marker: ``(text, line, tokens)``; None if hardly any would."""
     whole = candidate.segment.text if choice.text is None else choice.text
     form = choice.form or Form.FULL
 
-    def cut(n_chars: int) -> tuple[str, int]:
+    def cut(n_chars: int) -> tuple[str, str, int]:
         head = whole[:n_chars].rsplit(maxsplit=1)[0] if " " in whole[:n_chars].strip() else whole[:n_chars]
-        line = frame.line(candidate.segment, form, head.rstrip() + MARKER)
-        return line, frame.counter.count_text(line + "\n")
+        text = head.rstrip() + MARKER
+        line = frame.line(candidate.segment, form, text)
+        return text, line, frame.counter.count_text(line + "\n")
 
     low, high = 0, len(whole) - 1  # the longest that fits is at least low
     while low < high:
         middle = (low + high + 1) // 2
-        if cut(middle)[1] <= room:
+        if cut(middle)[2] <= room:
             low = middle
         else:
             high = middle - 1
     if low < MIN_TRIMMED_CHARS:
         return None
-    line, cost = cut(low)
-    return (line, cost) if cost <= room else None
+    text, line, cost = cut(low)
+    return (text, line, cost) if cost <= room else None
 
 
-def _entry(
-    rank: int, candidate: Candidate, choice: Choice, kept: tuple[str, int, Choice] | None, trimmed: bool
-) -> LedgerEntry:
+def _entry(rank: int, candidate: Candidate, choice: Choice, kept: Kept | None, trimmed: bool) -> LedgerEntry:
     if choice.form is None:
         action, reason = Action.DROPPED, choice.reason
     elif kept is None:
@@ -377,6 +403,6 @@ def _entry(
         score=candidate.score,
         signals=candidate.signals,
         contributions=candidate.contributions,
-        n_tokens=kept[1] if kept else candidate.n_tokens,
+        n_tokens=kept.cost if kept else candidate.n_tokens,
         spans=choice.spans if kept else (),
     )

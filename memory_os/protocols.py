@@ -49,6 +49,10 @@ __all__ = [
     "Controller",
     "Embedder",
     "FlashController",
+    "Item",
+    "ItemChange",
+    "ItemPath",
+    "ItemStore",
     "LexicalIndex",
     "MemoryView",
     "Profile",
@@ -411,6 +415,13 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         Gives back the segments that were stored, in order.
         """
 
+    def replace(self, namespace: Namespace, segments: Sequence[NewSegment]) -> list[Segment]:
+        """Store segments, each with a key, in place of what is under their keys; those that say the same stay.
+
+        The others are deleted as ``delete`` does, in the same transaction, and get a new ``seq``. Gives back what is
+        under the keys now, in order; of several with one key the last is stored.
+        """
+
     def get(self, namespace: Namespace, ids: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by id."""
 
@@ -443,8 +454,11 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
         """All that hold anything; with ``emptied`` also those that held something once."""
 
-    def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
-        """Delete segments and the summaries of them, with all that is derived from either; counts by place."""
+    def delete(self, namespace: Namespace, ids: Sequence[str], *, items: bool = False) -> dict[str, int]:
+        """Delete segments and the summaries of them, with all that is derived from either; counts by place.
+
+        :param items: also every item of the namespace, in the same transaction.
+        """
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
         """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
@@ -618,6 +632,106 @@ class MemoryView(Protocol):
 
         :raises CapabilityError: if the LLM cannot score.
         """
+
+
+ItemPath = tuple[str, ...]
+"""Where in a namespace an item lies: labels, compared one by one and literally; an item's has at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A mutable JSON value under a path and a key, as it was when it was read.
+
+    :param ttl: so many minutes after it was last put or refreshed it expires; ``None`` for never.
+    :param score: cosine of the query and the nearest of its texts; ``None`` without a query or without texts.
+    """
+
+    path: ItemPath
+    key: str
+    value: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    ttl: float | None = None
+    expires_at: datetime | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemChange:
+    """What is to stand under a path and a key from now on.
+
+    :param value: ``None`` deletes the item.
+    :param texts: ``(field, text)`` of what is searched by meaning.
+    :param created_at: only set by an import, which keeps the times of the export; the other times likewise.
+    """
+
+    path: ItemPath
+    key: str
+    value: Mapping[str, Any] | None
+    texts: tuple[tuple[str, str], ...] = ()
+    ttl: float | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    expires_at: datetime | None = None
+
+
+class ItemStore(Protocol):
+    """Items, in the same database as the records. What has expired at ``now`` is as good as deleted for every read."""
+
+    def apply(self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime) -> None:
+        """Make all changes, or none; of several to one item the last. Also deletes what has expired.
+
+        An item that is replaced keeps ``created_at``, and its ``updated_at`` grows, even where the clock went back.
+        """
+
+    def merge(self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime) -> int:
+        """As ``apply`` for an import: what is as new here stays, what has expired stays out; how many were stored."""
+
+    def get(self, namespace: Namespace, addresses: Iterable[tuple[ItemPath, str]], *, now: datetime) -> list[Item]:
+        """The items that exist under these paths and keys, each once, in no order."""
+
+    def search(
+        self,
+        namespace: Namespace,
+        prefix: ItemPath,
+        *,
+        now: datetime,
+        limit: int,
+        offset: int = 0,
+        accept: Callable[[dict[str, Any]], bool] | None = None,
+        vector: Vector | None = None,
+        fingerprint: str = "",
+    ) -> list[Item]:
+        """The items whose path begins with these labels and whose value is accepted, the latest updated first.
+
+        With the vector of a query those that have vectors come first, by the best cosine of their texts.
+        """
+
+    def paths(self, namespace: Namespace, *, now: datetime) -> list[ItemPath]:
+        """Every path that holds an item, once, in order."""
+
+    def keys(
+        self, namespace: Namespace, path: ItemPath, *, now: datetime, prefix: str, after: str | None, limit: int
+    ) -> list[str]:
+        """The keys under exactly this path that begin with ``prefix``, in order, from the first after ``after`` on."""
+
+    def count(self, namespace: Namespace, *, now: datetime) -> int:
+        """How many items there are."""
+
+    def refresh(self, namespace: Namespace, found: Iterable[Item], *, now: datetime) -> None:
+        """Have the items that expire begin their time anew; those that changed since they were read are left alone."""
+
+    def sweep(self, namespace: Namespace, *, now: datetime) -> int:
+        """Delete what has expired; how many items that was."""
+
+    def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[tuple[int, str]]:
+        """``(row, text)`` of texts whose vector under ``fingerprint`` is still to be made, oldest first."""
+
+    def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
+        """Store the vectors of texts; rows that are gone by now are passed over."""
+
+    def scan(self, namespace: Namespace, *, now: datetime) -> Iterator[ItemChange]:
+        """Every item with all that is recorded of it, as the change that makes it, in the order of creation."""
 
 
 class Controller(Protocol):

@@ -1,4 +1,4 @@
-"""Export and import as JSONL: one header line, then a line per segment and per trace. Lossless for what is recorded.
+"""Export and import as JSONL: one header line, then a line per segment, trace and item. Lossless for what is recorded.
 
 What is derived (vectors, lexical entries) is left out and made anew by the import.
 """
@@ -16,12 +16,15 @@ from typing import Any
 
 from memory_os.errors import InvalidInputError
 from memory_os.ingest import check_text, parse_time
+from memory_os.items import checked_change
+from memory_os.protocols import ItemChange
 from memory_os.trace import trace_from_dict, trace_to_dict
 from memory_os.types import NewSegment, Segment, Trace
 
 __all__ = ["HEADER", "export_lines", "parse_lines", "read_records", "replace_file", "segment_to_dict"]
 
 HEADER = {"memory_os_export": 1}
+TIMES = ("created_at", "updated_at", "expires_at")
 
 
 def segment_to_dict(segment: Segment) -> dict[str, Any]:
@@ -34,16 +37,32 @@ def segment_to_dict(segment: Segment) -> dict[str, Any]:
     }
 
 
-def export_lines(segments: Iterable[Segment], traces: Iterable[Trace]) -> Iterator[str]:
+def export_lines(
+    segments: Iterable[Segment], traces: Iterable[Trace], items: Iterable[ItemChange] = ()
+) -> Iterator[str]:
     """The lines of an export, without line ends."""
     yield json.dumps(HEADER)
     for segment in segments:
         yield json.dumps({"segment": segment_to_dict(segment)}, ensure_ascii=False)
     for trace in traces:
         yield json.dumps({"trace": trace_to_dict(trace)}, ensure_ascii=False)
+    for item in items:
+        yield json.dumps({"item": _item_to_dict(item)}, ensure_ascii=False)
 
 
-def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace]:
+def _item_to_dict(item: ItemChange) -> dict[str, Any]:
+    times = {name: getattr(item, name) for name in TIMES}
+    return {
+        "path": item.path,
+        "key": item.key,
+        "value": item.value,
+        "texts": item.texts,
+        "ttl": item.ttl,
+        **{name: time.isoformat() if time else None for name, time in times.items()},
+    }
+
+
+def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace | ItemChange]:
     """What the lines of an export hold.
 
     :raises InvalidInputError: with the number of the line that is broken or of another kind.
@@ -61,7 +80,12 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace]
                         line=1,
                     )
                 continue
-            yield _segment(record["segment"], name, number) if "segment" in record else trace_from_dict(record["trace"])
+            if "segment" in record:
+                yield _segment(record["segment"], name, number)
+            elif "item" in record:
+                yield _item(record["item"], name, number)
+            else:
+                yield trace_from_dict(record["trace"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(
                 f"not a whole record ({error}); what came before it is stored; mend the line and run again",
@@ -88,7 +112,22 @@ def _segment(data: Mapping[str, Any], name: str, line: int) -> NewSegment:
     )
 
 
-def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace]:
+def _item(data: Mapping[str, Any], name: str, line: int) -> ItemChange:
+    item = ItemChange(
+        data["path"],
+        data["key"],
+        dict(data["value"]),
+        tuple((field, text) for field, text in data["texts"]),
+        data["ttl"],
+        **{each: parse_time(data[each], source=name, line=line) if data[each] else None for each in TIMES},
+    )
+    try:
+        return checked_change(item)
+    except InvalidInputError as error:
+        raise InvalidInputError(error.problem, source=name, line=line) from error
+
+
+def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace | ItemChange]:
     """What an export holds, from a file or from its lines."""
     if not isinstance(file, str | Path):
         yield from parse_lines(file, "-")

@@ -22,7 +22,7 @@ from memory_os.citations import Citations
 from memory_os.corpus import Corpora
 from memory_os.derive import catch_up
 from memory_os.errors import ConfigError, LLMError
-from memory_os.pack import CachedFrame, Frame, fit_flash, pack, render_line
+from memory_os.pack import CachedFrame, Frame, GivenFrame, fit_flash, pack, render_line
 from memory_os.protocols import (
     LLM,
     Bank,
@@ -31,13 +31,25 @@ from memory_os.protocols import (
     Controller,
     Embedder,
     FlashController,
+    ItemStore,
     RecordStore,
     SummarizingController,
     TokenCounter,
     VectorIndex,
 )
 from memory_os.recall import Recall
-from memory_os.types import Candidate, Context, Decision, Namespace, NewSegment, Outcome, Reply, Segment, Trace
+from memory_os.types import (
+    Candidate,
+    Context,
+    Conversation,
+    Decision,
+    Namespace,
+    NewSegment,
+    Outcome,
+    Reply,
+    Segment,
+    Trace,
+)
 from memory_os.view import INLINE_PENDING, View
 from memory_os.weights import learned
 
@@ -85,6 +97,7 @@ class Parts:
     prices: dict[str, int] = field(default_factory=dict, repr=False)
     backlog: Backlog | None = None
     bank: Bank | None = None
+    items: ItemStore | None = None
 
     def price_of(self, segment: Segment) -> int:
         """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
@@ -107,16 +120,35 @@ class Parts:
             return None
         return LLMBank(self.store, self.bank, self.llm, Layout.of_turns(self.options.system, self.llm))
 
-    def frame(self, query: str, budget: int, reply_reserve: int = 0, tools: Sequence[Mapping[str, Any]] = ()) -> Frame:
-        """What surrounds the memory in a prompt, by the form in which the controller has it enter."""
-        kind = CachedFrame if CachingLLM in self.controller.needs else Frame
-        return kind(self._system(query), query, self.counter, budget, reply_reserve, tools)
+    def frame(
+        self,
+        query: str,
+        budget: int,
+        reply_reserve: int = 0,
+        tools: Sequence[Mapping[str, Any]] = (),
+        conversation: Conversation | None = None,
+    ) -> Frame:
+        """What surrounds the memory in a prompt, by the form in which the controller has it enter.
 
-    def _system(self, query: str) -> str:
+        :raises ConfigError: if memory would enter as keys and values, and the prompt is the caller's own.
+        """
+        system = self._system(query, self.options.system if conversation is None else conversation.system)
+        cached = CachingLLM in self.controller.needs
+        if conversation is None:
+            kind = CachedFrame if cached else Frame
+            return kind(system, query, self.counter, budget, reply_reserve, tools)
+        if cached:
+            raise ConfigError(
+                f"controller {self.controller.name!r} puts keys and values before a local model's own prompt, and "
+                'this prompt is another\'s; open the memory with a controller whose memory is text, such as "auto"'
+            )
+        return GivenFrame(system, query, self.counter, budget, reply_reserve, tools, conversation)
+
+    def _system(self, query: str, system: str) -> str:
         """The system prompt, with what the controller adds to it."""
         if not isinstance(self.controller, CitingController):
-            return self.options.system
-        return f"{self.options.system}\n\n{self.controller.instruction(query)}".strip()
+            return system
+        return f"{system}\n\n{self.controller.instruction(query)}".strip()
 
     def config_hash(self) -> str:
         """Changes whenever the same store and query could give another context."""
@@ -158,32 +190,37 @@ def prepare(
     tools: Sequence[Mapping[str, Any]] = (),
     asked: Segment | None = None,
     clock: Clock | None = None,
+    conversation: Conversation | None = None,
+    memory_tokens: int | None = None,
 ) -> Context:
     """Choose the context for a query: steps 2 to 4 of a turn. Writes nothing but derived data that is missing.
 
     :param session: whose latest turns are flash memory; without one there is none.
     :param budget: most tokens of the rendered messages, in ``parts.counter``'s tokens.
     :param asked: the query's own segment if it was recorded; recall sees only what came before it.
+    :param conversation: what the caller shows the model anyway; it takes the place of flash memory.
+    :param memory_tokens: most tokens of what is recalled, its fence included.
     :raises BudgetError: if system prompt, query and wrappers alone are over the budget.
     """
     clock = clock or Clock()
-    frame = parts.frame(query, budget, reply_reserve, tools)
+    frame = parts.frame(query, budget, reply_reserve, tools, conversation)
     fixed = frame.check()
+    if memory_tokens is not None:
+        frame = replace(frame, limit=min(budget, fixed + memory_tokens))
     state = parts.store.state(namespace, parts.embedder.fingerprint)
     upto = asked.seq - 1 if asked else state.last_seq
     now = asked.created_at if asked else datetime.now(UTC)
-    memory = View(parts, namespace, query, upto=upto, now=now, breadth=_breadth(budget), state=state, clock=clock)
+    breadth = _breadth(budget if memory_tokens is None else memory_tokens)
+    memory = View(parts, namespace, query, upto=upto, now=now, breadth=breadth, state=state, clock=clock)
 
     # flash memory: always in, never recalled
-    own = parts.controller if isinstance(parts.controller, FlashController) else None
-    n = own.looks_back if own else parts.options.flash_turns
-    recent = parts.store.tail(namespace, n, session=session, upto=upto, kind="turn") if session else []
-    memory.flash = flash = fit_flash(own.flash(recent, memory) if own else recent, frame)
-    texts = {segment.id: segment.text for segment in recent}
-    shortened = [f"#{segment.seq}" for segment in flash if segment.text != texts[segment.id]]
-    if shortened:
-        memory.notes.append(f"flash memory: as a summary: {', '.join(shortened)}")
-    memory.flash_tokens = frame.count(flash) - fixed
+    if conversation is None:
+        flash = _flash(parts, namespace, session, memory, frame, upto)
+        memory.flash_tokens = frame.count(flash) - fixed
+    else:  # the caller's own, and counted with what is fixed
+        there = parts.store.get(namespace, conversation.stored) | parts.store.by_key(namespace, conversation.stored)
+        flash = tuple(sorted({s.seq: s for s in there.values() if s.seq <= upto}.values(), key=lambda s: s.seq))
+    memory.flash = flash
     clock.lap("flash")
 
     # 2 recall, when the controller asks for it, and 3 decide
@@ -192,6 +229,21 @@ def prepare(
 
     # 4 pack
     return compose(memory, frame, memory.offered, decision, session=session, asked=asked)
+
+
+def _flash(
+    parts: Parts, namespace: Namespace, session: str | None, memory: View, frame: Frame, upto: int
+) -> tuple[Segment, ...]:
+    """The session's latest turns that enter the context: as many as fit their share of it."""
+    own = parts.controller if isinstance(parts.controller, FlashController) else None
+    n = own.looks_back if own else parts.options.flash_turns
+    recent = parts.store.tail(namespace, n, session=session, upto=upto, kind="turn") if session else []
+    flash = fit_flash(own.flash(recent, memory) if own else recent, frame)
+    texts = {segment.id: segment.text for segment in recent}
+    shortened = [f"#{segment.seq}" for segment in flash if segment.text != texts[segment.id]]
+    if shortened:
+        memory.notes.append(f"flash memory: as a summary: {', '.join(shortened)}")
+    return flash
 
 
 def compose(
@@ -230,7 +282,7 @@ def compose(
         outcome=Outcome.CONTEXT,
         calls=tuple(memory.calls),
     )
-    return Context(packed.messages, packed.text, packed.segments, trace, decision.reply, packed.cached)
+    return Context(packed.messages, packed.text, packed.segments, trace, decision.reply, packed.cached, packed.shown)
 
 
 def _breadth(budget: int) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "Choice",
     "Confirmation",
     "Context",
+    "Conversation",
     "Decision",
     "Evidence",
     "Form",
@@ -240,6 +241,22 @@ class CachedPrompt:
     plain: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a caller with a prompt of its own shows the model around the query: its own flash memory.
+
+    :param system: its system prompt; may be empty.
+    :param before: its messages before the query.
+    :param after: its messages after the query, such as tool calls and their results.
+    :param stored: ids or keys of the stored segments that these messages are; they are not recalled again.
+    """
+
+    system: str = ""
+    before: tuple[Message, ...] = ()
+    after: tuple[Message, ...] = ()
+    stored: frozenset[str] = frozenset()
+
+
 class Form(StrEnum):
     """How an activated segment enters the context."""
 
@@ -450,6 +467,7 @@ class Context:
     :param messages: system, flash memory, then the fenced memory with the query.
     :param text: the fenced memory alone, for callers who place it in a prompt of their own; may be empty.
     :param segments: the activated segments in the order of ``seq``.
+    :param shown: the text of each as it stands in the context: in full, cut, or in another form.
     :param reply: the answer that the controller gives by itself; the LLM need not be asked.
     :param cached: where memory is to enter as cached keys and values, the same prompt with its lines apart.
     """
@@ -460,6 +478,7 @@ class Context:
     trace: Trace
     reply: str | None = None
     cached: CachedPrompt | None = None
+    shown: tuple[str, ...] = ()
 
     @property
     def n_tokens(self) -> int:

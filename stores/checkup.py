@@ -13,7 +13,7 @@ from memory_os.lexical import terms_of
 from memory_os.stores import fulltext
 from memory_os.stores.database import Database
 from memory_os.stores.rows import parts
-from memory_os.stores.schema import VECTOR_TASK, namespaces, pending, segments, vectors
+from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, vectors
 
 __all__ = ["find_faults", "mend"]
 
@@ -34,6 +34,12 @@ FAULTS = {
     "orphan_lexical": """
         SELECT l.rowid FROM lexical l
         WHERE NOT EXISTS (SELECT 1 FROM segments s WHERE s.pk = l.rowid) ORDER BY l.rowid""",
+    "pending_item_vectors": """
+        SELECT pk FROM item_texts WHERE fingerprint IS NULL UNION ALL
+        SELECT pk FROM item_texts WHERE fingerprint != :f""",
+    "orphan_item_texts": """
+        SELECT t.pk FROM item_texts t WHERE NOT EXISTS
+        (SELECT 1 FROM items i WHERE i.pk = t.item_pk AND i.namespace_id = t.namespace_id) ORDER BY t.pk""",
 }
 
 
@@ -64,8 +70,10 @@ def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
 
 
 def mend(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
-    """Mend what can be mended from the segments; vectors to be made are left on the pending list."""
+    """Mend what can be mended from the segments; vectors to be made are left pending."""
     with database.write() as connection:
+        for pk in faults["orphan_item_texts"]:
+            connection.execute(item_texts.delete().where(item_texts.c.pk == int(pk)))
         for pk in faults["orphan_vectors"]:
             connection.execute(vectors.delete().where(vectors.c.pk == int(pk)))
         fulltext.remove(connection, [int(pk) for pk in faults["orphan_lexical"]])

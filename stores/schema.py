@@ -1,14 +1,16 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
-``segments``, ``traces`` and ``namespaces`` are the record. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are
-derived from ``segments``, ``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model; they can be
-rebuilt at any time.
+``segments``, ``traces``, ``items`` and ``namespaces`` are the record, and so are the texts in ``item_texts``: which of
+an item's are searched. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are derived from ``segments``,
+``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model, the vectors of ``item_texts`` from its
+texts; they can be rebuilt at any time.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    CheckConstraint,
     Column,
     Float,
     ForeignKey,
@@ -28,6 +30,8 @@ __all__ = [
     "VECTOR_TASK",
     "activations",
     "bank",
+    "item_texts",
+    "items",
     "metadata",
     "namespaces",
     "pending",
@@ -38,7 +42,7 @@ __all__ = [
     "vectors",
 ]
 
-HEAD = "0005"
+HEAD = "0006"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -151,6 +155,40 @@ bank = Table(
     Column("surprisal", Float),
     Column("chunks", LargeBinary, nullable=False),  # mean keys, float16, [chunks, kv_heads, head_dim]
     Index("ix_bank_namespace", "namespace_id", "seq"),
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("pk", Integer, primary_key=True),
+    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
+    Column("path", Text, nullable=False),  # JSON array, as namespaces.labels
+    Column("key", Text, nullable=False),
+    Column("value", JSON, nullable=False),
+    Column("created_at", Text, nullable=False),  # ISO 8601, UTC; the others too
+    Column("updated_at", Text, nullable=False),
+    Column("ttl_minutes", Float),
+    Column("expires_at", Text),
+    UniqueConstraint("namespace_id", "path", "key"),
+    Index("ix_items_updated", "namespace_id", "updated_at"),
+    Index("ix_items_expires", "namespace_id", "expires_at"),
+    sqlite_autoincrement=True,
+)
+
+item_texts = Table(
+    "item_texts",
+    metadata,
+    Column("pk", Integer, primary_key=True),
+    Column("item_pk", Integer, ForeignKey("items.pk", ondelete="CASCADE"), nullable=False),
+    Column("namespace_id", Integer, nullable=False),
+    Column("field", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("fingerprint", Text),  # NULL, or another embedder's: the vector is still to be made
+    Column("vector", LargeBinary),  # float32, little-endian, unit length
+    CheckConstraint("(fingerprint IS NULL) = (vector IS NULL)"),
+    Index("ix_item_texts_item", "item_pk"),
+    Index("ix_item_texts_pending", "namespace_id", "fingerprint"),
+    sqlite_autoincrement=True,  # a vector that was made for a text that is gone must not land on another
 )
 
 traces = Table(

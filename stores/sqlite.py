@@ -19,6 +19,7 @@ from sqlalchemy import func, select
 from memory_os.lexical import terms_of
 from memory_os.protocols import Profile, State
 from memory_os.stores import digest, fulltext, manifest
+from memory_os.stores import items as item_rows
 from memory_os.stores.checkup import find_faults, mend
 from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
@@ -78,59 +79,86 @@ class SqliteStore:
         """Store in the order given, with lexical entries and pending vectors; leaves out what is already stored."""
         if not new:
             return []
-        prepared = [(item, self._count_tokens(item.text), terms_of(item.text)) for item in new]
+        prepared = [self._prepared(item) for item in new]
+        with self.database.write() as connection:
+            return self._insert(connection, namespace, prepared)
+
+    def replace(self, namespace: Namespace, new: Sequence[NewSegment]) -> list[Segment]:
+        """Store under their keys, in the order given, each in place of what is under its key and differs."""
+        wanted = {item.key: self._prepared(item) for item in new if item.key}  # the last of several under one key
+        if not wanted:
+            return []
+        with self.database.write() as connection:
+            ns, _ = self._claim(connection, namespace)
+            there: dict[str, Segment] = {}
+            for part in parts(list(wanted)):
+                query = select(segments).where(segments.c.namespace_id == ns, segments.c.key.in_(part))
+                there |= {row.key: to_segment(row, namespace) for row in connection.execute(query)}
+            old = [segment.id for key, segment in there.items() if not _says_the_same(segment, wanted[key][0])]
+            if old:
+                self._delete(connection, ns, old)
+            stored = self._insert(connection, namespace, list(wanted.values()))
+        by_key = there | {segment.key: segment for segment in stored if segment.key}
+        return [by_key[key] for key in wanted]
+
+    def _prepared(self, item: NewSegment) -> tuple[NewSegment, int, list[str]]:
+        """A new segment with its length and its terms, which take time and need no lock."""
+        return item, self._count_tokens(item.text), terms_of(item.text)
+
+    def _insert(
+        self, connection: sa.Connection, namespace: Namespace, prepared: Sequence[tuple[NewSegment, int, list[str]]]
+    ) -> list[Segment]:
         now = datetime.now(UTC)
         stored: list[Segment] = []
-        with self.database.write() as connection:
-            ns, last_seq = self._claim(connection, namespace)
-            keys = self._existing(connection, segments.c.key, [i.key for i in new if i.key], ns)
-            ids = self._existing(connection, segments.c.id, [i.id for i in new if i.id], ns)
-            rows, n_terms = [], 0
-            lexical: list[list[str]] = []
-            for item, n_tokens, terms in prepared:
-                if item.key in keys or item.id in ids:
-                    continue
-                last_seq = max(last_seq + 1, item.seq or 0)
-                segment = Segment(
-                    id=item.id or str(uuid_utils.uuid7()),
-                    seq=last_seq,
-                    namespace=namespace,
-                    session=item.session,
-                    role=item.role,
-                    speaker=item.speaker,
-                    kind=item.kind,
-                    text=item.text,
-                    created_at=(item.created_at or now).astimezone(UTC),
-                    n_tokens=n_tokens,
-                    source=item.source,
-                    offset=item.offset,
-                    metadata=dict(item.metadata),
-                    key=item.key,
-                )
-                keys.update(filter(None, [item.key]))
-                ids.update(filter(None, [item.id]))
-                stored.append(segment)
-                rows.append(to_row(segment, ns))
-                lexical.append(terms)
-                n_terms += len(terms)
-            if not rows:
-                return []
-            connection.execute(segments.insert(), rows)
-            first, last = self._pk_range(connection, ns, stored)
-            pks = range(first, last + 1)
-            fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
-            connection.execute(
-                pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
+        ns, last_seq = self._claim(connection, namespace)
+        keys = self._existing(connection, segments.c.key, [i.key for i, _, _ in prepared if i.key], ns)
+        ids = self._existing(connection, segments.c.id, [i.id for i, _, _ in prepared if i.id], ns)
+        rows, n_terms = [], 0
+        lexical: list[list[str]] = []
+        for item, n_tokens, terms in prepared:
+            if item.key in keys or item.id in ids:
+                continue
+            last_seq = max(last_seq + 1, item.seq or 0)
+            segment = Segment(
+                id=item.id or str(uuid_utils.uuid7()),
+                seq=last_seq,
+                namespace=namespace,
+                session=item.session,
+                role=item.role,
+                speaker=item.speaker,
+                kind=item.kind,
+                text=item.text,
+                created_at=(item.created_at or now).astimezone(UTC),
+                n_tokens=n_tokens,
+                source=item.source,
+                offset=item.offset,
+                metadata=dict(item.metadata),
+                key=item.key,
             )
-            connection.execute(
-                namespaces.update()
-                .where(namespaces.c.id == ns)
-                .values(
-                    last_seq=last_seq,
-                    n_segments=namespaces.c.n_segments + len(rows),
-                    n_terms=namespaces.c.n_terms + n_terms,
-                )
+            keys.update(filter(None, [item.key]))
+            ids.update(filter(None, [item.id]))
+            stored.append(segment)
+            rows.append(to_row(segment, ns))
+            lexical.append(terms)
+            n_terms += len(terms)
+        if not rows:
+            return []
+        connection.execute(segments.insert(), rows)
+        first, last = self._pk_range(connection, ns, stored)
+        pks = range(first, last + 1)
+        fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
+        connection.execute(
+            pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
+        )
+        connection.execute(
+            namespaces.update()
+            .where(namespaces.c.id == ns)
+            .values(
+                last_seq=last_seq,
+                n_segments=namespaces.c.n_segments + len(rows),
+                n_terms=namespaces.c.n_terms + n_terms,
             )
+        )
         return stored
 
     def _claim(self, connection: sa.Connection, namespace: Namespace) -> tuple[int, int]:
@@ -231,45 +259,51 @@ class SqliteStore:
     def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
         """All that hold anything, in alphabetical order; with ``emptied`` also those that held something once."""
         with self.database.read() as connection:
-            query = select(namespaces.c.labels).where(sa.or_(namespaces.c.n_segments > 0, sa.literal(emptied)))
+            items = sa.exists().where(*item_rows.live(namespaces.c.id, datetime.now(UTC)))
+            query = select(namespaces.c.labels).where(sa.or_(namespaces.c.n_segments > 0, items, sa.literal(emptied)))
             return sorted(tuple(json.loads(labels)) for labels in connection.execute(query).scalars())
 
-    def delete(self, namespace: Namespace, ids: Sequence[str]) -> dict[str, int]:
+    def delete(self, namespace: Namespace, ids: Sequence[str], *, items: bool = False) -> dict[str, int]:
         """Delete segments and the summaries of them, with all that was derived from either; counts by place.
 
         All scores of the namespace go: nothing tells of which texts they are.
+
+        :param items: also every item of the namespace, in the same transaction.
         """
-        places = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
-        counts = dict.fromkeys(places, 0)
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
-            counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
-            going = digest.with_summaries(connection, ns, ids)
-            counts["bank"] = manifest.forget(connection, manifest.bank_folder(self.path), ns, going)
-            for part in parts(going):
-                query = select(segments.c.pk, segments.c.id).where(
-                    segments.c.namespace_id == ns, segments.c.id.in_(part)
+            counts = self._delete(connection, ns, ids)
+            counts["items"] = item_rows.forget(connection, ns, datetime.now(UTC)) if items else 0
+        return counts
+
+    def _delete(self, connection: sa.Connection, ns: int, ids: Sequence[str]) -> dict[str, int]:
+        places = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
+        counts = dict.fromkeys(places, 0)
+        counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
+        going = digest.with_summaries(connection, ns, ids)
+        counts["bank"] = manifest.forget(connection, manifest.bank_folder(self.path), ns, going)
+        for part in parts(going):
+            query = select(segments.c.pk, segments.c.id).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
+            found = connection.execute(query).all()
+            pks = [row.pk for row in found]
+            own = traces.c.namespace_id == ns
+            mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
+            counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
+            for table in (vectors, summaries, pending):
+                deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
+                counts[table.name] += deleted.rowcount
+            lengths = fulltext.remove(connection, pks)
+            counts["lexical"] += len(lengths)
+            connection.execute(
+                namespaces.update()
+                .where(namespaces.c.id == ns)
+                .values(
+                    n_segments=namespaces.c.n_segments - len(pks),
+                    n_terms=namespaces.c.n_terms - sum(lengths),
+                    epoch=namespaces.c.epoch + 1,
                 )
-                found = connection.execute(query).all()
-                pks = [row.pk for row in found]
-                own = traces.c.namespace_id == ns
-                mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
-                counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
-                for table in (vectors, summaries, pending):
-                    deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
-                    counts[table.name] += deleted.rowcount
-                lengths = fulltext.remove(connection, pks)
-                counts["lexical"] += len(lengths)
-                connection.execute(
-                    namespaces.update()
-                    .where(namespaces.c.id == ns)
-                    .values(
-                        n_segments=namespaces.c.n_segments - len(pks),
-                        n_terms=namespaces.c.n_terms - sum(lengths),
-                        epoch=namespaces.c.epoch + 1,
-                    )
-                )
-                counts["segments"] += connection.execute(segments.delete().where(segments.c.pk.in_(pks))).rowcount
+            )
+            counts["segments"] += connection.execute(segments.delete().where(segments.c.pk.in_(pks))).rowcount
         return counts
 
     def _namespace_id(self, connection: sa.Connection, namespace: Namespace) -> int:
@@ -570,6 +604,7 @@ class SqliteStore:
                 table.name: connection.execute(select(func.count()).where(table.c.namespace_id == ns)).scalar_one()
                 for table in (vectors, summaries, pending, scores, bank, traces)
             }
+            count["items"] = item_rows.count(connection, ns, datetime.now(UTC))
         return {
             "segments": row[0],
             "sessions": row[1],
@@ -594,6 +629,15 @@ class SqliteStore:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+def _says_the_same(segment: Segment, new: NewSegment) -> bool:
+    """Whether storing ``new`` would change nothing; a time that it does not name counts for nothing."""
+    same = all(
+        getattr(segment, name) == getattr(new, name)
+        for name in ("text", "session", "role", "speaker", "kind", "source", "offset")
+    )
+    return same and segment.metadata == new.metadata and new.created_at in (None, segment.created_at)
 
 
 def _ends(ns: int) -> list[sa.ScalarSelect[str]]:

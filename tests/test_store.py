@@ -129,6 +129,7 @@ def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     counts = store.delete(ALICE, [gone.id])
     assert counts == {
         "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
+        "items": 0,
     }  # fmt: skip
     assert store.search(ALICE, "kite", 5) == []
     assert [id_ for id_, _ in store.search(ALICE, "boat", 5)] == [kept.id]
