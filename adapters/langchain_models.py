@@ -1,7 +1,8 @@
-"""Any LangChain chat model as an LLM, and so every provider that LangChain has."""
+"""Any LangChain chat model as an LLM and any of its embeddings as an embedder: so every provider that LangChain has."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,17 +12,22 @@ from memory_os.errors import CapabilityError, ConfigError, LLMError, MissingExtr
 from memory_os.types import Message
 
 if TYPE_CHECKING:
+    from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel
     from langchain_core.messages import BaseMessage
 
-    from memory_os.protocols import TokenCounter
+    from memory_os.protocols import Matrix, TokenCounter, Vector
 
-__all__ = ["DEFAULT_CONTEXT_WINDOW", "LangChainLLM"]
+__all__ = ["DEFAULT_CONTEXT_WINDOW", "LIMITS", "LangChainEmbedder", "LangChainLLM"]
 
 DEFAULT_CONTEXT_WINDOW = 8192
 
-# what LangChain's integrations call the limit of the reply
+# what LangChain's integrations call the limit of the reply, and what tells one of their embeddings from another
 LIMITS = ("max_tokens", "max_output_tokens", "num_predict", "max_new_tokens", "max_completion_tokens")
+IDENTITY = (
+    "model", "model_name", "model_id", "repo_id", "deployment_name", "deployment", "endpoint_name", "dimensions",
+    "size", "encode_kwargs", "model_kwargs", "query_instruction", "embed_instruction",
+)  # fmt: skip
 
 
 class LangChainLLM:
@@ -45,13 +51,17 @@ class LangChainLLM:
         model_name = getattr(model, "model_name", None) or getattr(model, "model", None)
         self.model = model
         self.name: str = name or (model_name if isinstance(model_name, str) else type(model).__name__)
-        self._counter = tokenizer or counter_for(model_name if isinstance(model_name, str) else self.name)
+        self.counter: TokenCounter = (
+            tokenizer
+            or getattr(model, "token_counter", None)
+            or counter_for(model_name if isinstance(model_name, str) else self.name)
+        )
         notes = []
         profile = getattr(model, "profile", None) or {}
         if context_window is None and "max_input_tokens" not in profile:
             notes.append(f"the context window of {self.name} is not known; {DEFAULT_CONTEXT_WINDOW} tokens are assumed")
-        if not self._counter.exact:
-            notes.append(f"tokens of {self.name} are counted approximately, by {self._counter.name}")
+        if not self.counter.exact:
+            notes.append(f"tokens of {self.name} are counted approximately, by {self.counter.name}")
         self.notes: tuple[str, ...] = tuple(notes)
         self.context_window: int = context_window or profile.get("max_input_tokens") or DEFAULT_CONTEXT_WINDOW
 
@@ -77,15 +87,15 @@ class LangChainLLM:
     @property
     def exact(self) -> bool:
         """Whether token counts are the model's own."""
-        return self._counter.exact
+        return self.counter.exact
 
     def count_text(self, text: str) -> int:
         """Tokens of ``text`` alone."""
-        return self._counter.count_text(text)
+        return self.counter.count_text(text)
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
         """Tokens of the whole chat."""
-        return self._counter.count_tokens(messages, tools)
+        return self.counter.count_tokens(messages, tools)
 
     def generate(self, messages: Sequence[Message], *, max_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
         """Yield the reply as the provider streams it. Closing the iterator closes the stream.
@@ -95,7 +105,7 @@ class LangChainLLM:
         model, told = _limited(self.model, max_tokens)
         stream = self._stream(model, messages, stop)
         # a provider that was told counts better than an approximation, which would cut its replies short
-        within = stream if told and not self.exact else end_within(stream, max_tokens, self._counter)
+        within = stream if told and not self.exact else end_within(stream, max_tokens, self.counter)
         try:
             yield from end_before(within, stop)
         finally:
@@ -133,6 +143,77 @@ class LangChainLLM:
         finally:
             if isinstance(chunks, Generator):
                 chunks.close()
+
+
+class LangChainEmbedder:
+    """Embeddings of LangChain, for example ``LangChainEmbedder.from_string("openai:text-embedding-3-small")``.
+
+    :param embeddings: any ``Embeddings``. Its vectors are brought to unit length.
+    :param name: tells models apart whose vectors must not be compared; by default made of the class and of those of
+        its fields that say which model it is.
+    """
+
+    def __init__(self, embeddings: Embeddings, *, name: str | None = None) -> None:
+        self.embeddings = embeddings
+        self.fingerprint = f"langchain:{name or _identity(embeddings)}"
+        self._dimension: int | None = None
+
+    @classmethod
+    def from_string(cls, model: str, **settings: Any) -> LangChainEmbedder:
+        """The embeddings that LangChain knows by ``"provider:model"``; ``settings`` go to its class.
+
+        :raises MissingExtraError: if langchain is not installed.
+        :raises ConfigError: if the provider is unknown, its package missing, or its settings refused.
+        """
+        try:
+            from langchain.embeddings import init_embeddings
+        except ImportError as error:
+            raise MissingExtraError(f"the embedder {model!r}", "langchain", "langchain") from error
+        try:
+            made = init_embeddings(model, **settings)
+        except ImportError as error:  # langchain's own text names the package and how to install it
+            raise ConfigError(f"the embedder {model!r} cannot be used: {error}") from error
+        except Exception as error:  # every provider has its own for a missing key
+            raise ConfigError(f"the embedder {model!r} cannot be set up: {error}") from error
+        return cls(made, name=model)
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector; asked of the model when it is first needed."""
+        if self._dimension is None:
+            self._dimension = len(self.embeddings.embed_query("dimension"))
+        return self._dimension
+
+    def embed_documents(self, texts: Sequence[str]) -> Matrix:
+        """Unit vectors, shape ``[len(texts), dimension]``."""
+        import numpy as np
+
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        vectors = np.asarray(self.embeddings.embed_documents(list(texts)), dtype=np.float32)
+        self._dimension = vectors.shape[1]
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        lengths[lengths == 0.0] = 1.0
+        unit: Matrix = vectors / lengths
+        return unit
+
+    def embed_query(self, text: str) -> Vector:
+        """The unit vector of a question."""
+        import numpy as np
+
+        vector = np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
+        self._dimension = len(vector)
+        unit: Vector = vector / (np.linalg.norm(vector) or 1.0)
+        return unit
+
+
+def _identity(embeddings: Embeddings) -> str:
+    """Class, model name, and a digest of what else its vectors depend on."""
+    told = {name: getattr(embeddings, name) for name in IDENTITY if getattr(embeddings, name, None)}
+    kind = type(embeddings)
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=repr).encode()).hexdigest()[:8]
+    named = next((str(value) for value in told.values() if isinstance(value, str)), "")
+    return f"{kind.__module__}.{kind.__qualname__}:{named}:{digest}"
 
 
 def _limited(model: BaseChatModel, max_tokens: int) -> tuple[BaseChatModel, bool]:

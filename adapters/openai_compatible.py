@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW
+from memory_os.adapters.langchain_models import DEFAULT_CONTEXT_WINDOW
 from memory_os.adapters.scoring import after_segment
 from memory_os.adapters.tokenizers import counter_for, end_before, end_within
 from memory_os.errors import CapabilityError, ConfigError, LLMError, MemoryOSError

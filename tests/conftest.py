@@ -1,5 +1,6 @@
 """What every test gets: no network, no telemetry, nothing of the developer's own settings."""
 
+import json
 import os
 
 # before anything imports a model library
@@ -8,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ANONYMIZED_TELEMETRY"] = "False"
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -36,3 +38,49 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data, and {folder} is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scripted_chat() -> Any:
+    """A LangChain chat model that answers from a script, streams by words, and remembers what it was sent."""
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.messages import AIMessage, AIMessageChunk
+    from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+    from langchain_core.utils.function_calling import convert_to_openai_tool
+    from pydantic import Field
+
+    class ScriptedChat(BaseChatModel):
+        replies: Any  # a function of the messages, or a list of replies: texts, messages and errors
+        seen: list[Any] = Field(default_factory=list)
+        options: list[dict[str, Any]] = Field(default_factory=list)
+        temperature: float = 1.0
+
+        @property
+        def _llm_type(self):
+            return "scripted"
+
+        def bind_tools(self, tools, *, tool_choice=None, **kwargs):
+            return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], tool_choice=tool_choice, **kwargs)
+
+        def _reply(self, messages, kwargs):
+            self.seen.append(messages)
+            self.options.append(kwargs)
+            reply = self.replies(messages) if callable(self.replies) else self.replies.pop(0)
+            if isinstance(reply, Exception):
+                raise reply
+            return AIMessage(reply) if isinstance(reply, str) else reply
+
+        def _generate(self, messages, stop=None, run_manager=None, **kwargs):
+            return ChatResult(generations=[ChatGeneration(message=self._reply(messages, kwargs))])
+
+        def _stream(self, messages, stop=None, run_manager=None, **kwargs):
+            reply = self._reply(messages, kwargs)
+            for word in reply.text.split(" ") if reply.text else []:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=f"{word} "))
+            if reply.tool_calls:
+                chunks = [
+                    {**call, "args": json.dumps(call["args"]), "index": n} for n, call in enumerate(reply.tool_calls)
+                ]
+                yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=chunks))
+
+    return ScriptedChat

@@ -8,7 +8,7 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW, LangChainLLM
+from memory_os.adapters.langchain_models import DEFAULT_CONTEXT_WINDOW, LangChainLLM
 from memory_os.adapters.scripted import WordCounter
 from memory_os.ask import reply_to
 from memory_os.errors import CapabilityError, ConfigError, LLMError, MissingExtraError

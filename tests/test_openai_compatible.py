@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from memory_os import Memory
-from memory_os.adapters.langchain import DEFAULT_CONTEXT_WINDOW
+from memory_os.adapters.langchain_models import DEFAULT_CONTEXT_WINDOW
 from memory_os.adapters.openai_compatible import OpenAICompatibleLLM
 from memory_os.adapters.scripted import WordCounter
 from memory_os.ask import reply_to

@@ -1,0 +1,46 @@
+"""Which namespace and session a LangChain or LangGraph call is about: the constructor's, or the call's configuration.
+
+``config={"configurable": {"namespace": ("acme", "alice"), "session": "monday"}}``; without ``session`` the
+``thread_id`` is the session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memory_os.errors import NamespaceError
+from memory_os.types import Namespace, as_namespace
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import RunnableConfig
+
+__all__ = ["labels_of", "session_of"]
+
+
+def labels_of(namespace: Sequence[str] | None, config: RunnableConfig | None = None) -> Namespace:
+    """The namespace of a call: the constructor's where there is one, which a call cannot change.
+
+    :param config: the call's; by default that of the run that this is called from.
+    :raises NamespaceError: if there is none, or it cannot be one.
+    """
+    given = namespace if namespace is not None else _configurable(config).get("namespace")
+    if given is None:
+        raise NamespaceError(
+            'no namespace given: name one, as namespace=("acme", "alice") or in the call: '
+            'config={"configurable": {"namespace": ("acme", "alice")}}'
+        )
+    return as_namespace(given)
+
+
+def session_of(session: str | None, config: RunnableConfig | None = None) -> str | None:
+    """The session of a call, by the same rule; ``None`` where neither a session nor a thread is named."""
+    configurable = _configurable(config)
+    given = next((each for each in (session, configurable.get("session"), configurable.get("thread_id")) if each), None)
+    return None if given is None else str(given)
+
+
+def _configurable(config: RunnableConfig | None) -> Mapping[str, Any]:
+    from langchain_core.runnables.config import ensure_config
+
+    return ensure_config(config).get("configurable", {})
