@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 from langchain_core.stores import ByteStore
 
-from memory_os.adapters.configurable import labels_of
+from memory_os.adapters.configurable import labels_of, opened
 from memory_os.aio import AsyncMemory
 from memory_os.errors import InvalidInputError
 from memory_os.items import Items
@@ -40,7 +40,7 @@ class MemoryByteStore(ByteStore):
         namespace: Sequence[str] | None = None,
         path: Sequence[str] = ("bytes",),
     ) -> None:
-        self._memory = memory.memory if isinstance(memory, AsyncMemory) else memory
+        self._memory = opened(memory)
         self._namespace = None if namespace is None else as_namespace(namespace)
         self._path = tuple(path) if not isinstance(path, str) else (path,)
 

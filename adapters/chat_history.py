@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, message_to_dict, messages_from_dict
 
+from memory_os.adapters.configurable import opened
 from memory_os.adapters.langchain_messages import as_segments
-from memory_os.adapters.remembering import opened
 from memory_os.errors import ConfigError
 
 if TYPE_CHECKING:

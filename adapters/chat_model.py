@@ -19,10 +19,10 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 from pydantic import BeforeValidator, PrivateAttr, model_validator
 
-from memory_os.adapters.configurable import labels_of, session_of
+from memory_os.adapters.configurable import labels_of, opened, session_of
 from memory_os.adapters.langchain_messages import as_segments, query_at, text_of
 from memory_os.adapters.langchain_models import LangChainLLM
-from memory_os.adapters.remembering import Remembering, opened
+from memory_os.adapters.remembering import Remembering
 from memory_os.errors import ConfigError
 from memory_os.memory import DEFAULT_SESSION, Memory, Scope
 from memory_os.types import Segment, as_namespace

@@ -1,4 +1,4 @@
-"""Which namespace and session a LangChain or LangGraph call is about: the constructor's, or the call's configuration.
+"""Whose memory a LangChain or LangGraph call is about: the constructor's namespace, or the call's configuration.
 
 ``config={"configurable": {"namespace": ("acme", "alice"), "session": "monday"}}``; without ``session`` the
 ``thread_id`` is the session.
@@ -9,13 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memory_os.errors import NamespaceError
+from memory_os.errors import ConfigError, NamespaceError
+from memory_os.memory import Memory
 from memory_os.types import Namespace, as_namespace
 
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
 
-__all__ = ["labels_of", "session_of"]
+    from memory_os.aio import AsyncMemory
+
+__all__ = ["labels_of", "opened", "session_of"]
+
+
+def opened(memory: Memory | AsyncMemory) -> Memory:
+    """The memory behind either door.
+
+    :raises ConfigError: for anything else.
+    """
+    inner = getattr(memory, "memory", memory)
+    if not isinstance(inner, Memory):
+        raise ConfigError(f"memory is what Memory.open(...) gives, not {type(memory).__name__}")
+    return inner
 
 
 def labels_of(namespace: Sequence[str] | None, config: RunnableConfig | None = None) -> Namespace:

@@ -22,9 +22,8 @@ from pydantic import BeforeValidator, Field
 from memory_os.adapters.chat_history import MemoryChatHistory
 from memory_os.adapters.chat_llm import ChatLLM
 from memory_os.adapters.chat_model import MemoryChatModel
-from memory_os.adapters.configurable import labels_of
+from memory_os.adapters.configurable import labels_of, opened
 from memory_os.adapters.langchain_models import LangChainEmbedder, LangChainLLM
-from memory_os.adapters.remembering import opened
 from memory_os.adapters.tools import memory_tools
 from memory_os.errors import ConfigError, InvalidInputError
 from memory_os.memory import Memory

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memory_os.adapters.configurable import labels_of, session_of
+from memory_os.adapters.configurable import labels_of, opened, session_of
 from memory_os.adapters.langchain_messages import (
     as_counted,
     as_segments,
@@ -35,23 +35,12 @@ if TYPE_CHECKING:
 
     from memory_os.aio import AsyncMemory
 
-__all__ = ["Recalled", "Remembering", "opened"]
+__all__ = ["Recalled", "Remembering"]
 
 MEDIA_TOKENS = 1600
 """What an image or a file in a request is taken to cost: about the most that providers count for an image."""
 MAX_TURNS = 256
 """So many turns may be going on at once, in one process, before the memory of the oldest is chosen anew."""
-
-
-def opened(memory: Memory | AsyncMemory) -> Memory:
-    """The memory behind either door.
-
-    :raises ConfigError: for anything else.
-    """
-    inner = getattr(memory, "memory", memory)
-    if not isinstance(inner, Memory):
-        raise ConfigError(f"memory is what Memory.open(...) gives, not {type(memory).__name__}")
-    return inner
 
 
 class Chosen(NamedTuple):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
-from memory_os.adapters.configurable import labels_of, session_of
-from memory_os.adapters.remembering import opened
+from memory_os.adapters.configurable import labels_of, opened, session_of
 from memory_os.errors import InvalidInputError, UnknownNameError
 from memory_os.fence import defused
 

@@ -10,10 +10,11 @@ from threading import Event
 from typing import IO, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from memory_os.examples import Examples, Prediction
+from memory_os.items import Items
 from memory_os.memory import Memory, Scope, Stream
 from memory_os.types import Namespace, Reply, Segment
 
-__all__ = ["AsyncExamples", "AsyncMemory", "AsyncScope", "AsyncStream"]
+__all__ = ["AsyncExamples", "AsyncItems", "AsyncMemory", "AsyncScope", "AsyncStream"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +28,32 @@ def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[
     return run
 
 
+def _of_items(verb: Callable[Concatenate[Items, P], R]) -> Callable[Concatenate[AsyncItems, P], Coroutine[Any, Any, R]]:
+    async def run(self: AsyncItems, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.to_thread(verb, self.items, *args, **kwargs)
+
+    update_wrapper(run, verb)
+    return run
+
+
+class AsyncItems:
+    """``Items`` for asyncio."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    put = _of_items(Items.put)
+    delete = _of_items(Items.delete)
+    apply = _of_items(Items.apply)
+    get = _of_items(Items.get)
+    get_many = _of_items(Items.get_many)
+    search = _of_items(Items.search)
+    paths = _of_items(Items.paths)
+    count = _of_items(Items.count)
+    sweep = _of_items(Items.sweep)
+    catch_up = _of_items(Items.catch_up)
+
+
 class AsyncScope:
     """``Scope`` for asyncio."""
 
@@ -36,6 +63,11 @@ class AsyncScope:
     def session(self, name: str) -> AsyncScope:
         """The same verbs on one session of the namespace."""
         return AsyncScope(self.scope.session(name))
+
+    @property
+    def items(self) -> AsyncItems:
+        """Mutable values under a path and key; see ``Scope.items``."""
+        return AsyncItems(self.scope.items)
 
     def examples(self, input_name: str, label_name: str, *, labels: Sequence[str], k: int = 20) -> AsyncExamples:
         """Labelled examples of one task, kept in this namespace; see ``Scope.examples``."""

@@ -29,7 +29,7 @@ __all__ = ["SqliteItems", "count", "forget", "live"]
 
 SCAN_PAGE = 1000
 VECTORS_PAGE = 256  # half a megabyte at a time stays in the cache: 31 ms for 10,000 of MiniLM's, and 56 all at once
-MOST = 2**62  # SQLite's numbers end at 2**63
+MOST = 2**61  # SQLite's numbers, and Python's sizes, end at 2**63
 NO_TEXT = -math.inf  # worse than any cosine
 NOT_MADE: Mapping[str, Any] = {"fingerprint": None, "vector": None}
 TICK = timedelta(microseconds=1)
@@ -177,10 +177,8 @@ class SqliteItems:
             else:
                 pks = list(newest)
                 scores = _cosines(connection, pks, vector, fingerprint)
-                order = (-scores).argsort(kind="stable")[
-                    offset : offset + limit
-                ]  # ties stay as they were: newest first
-                page = [(pks[i], float(scores[i]) if scores[i] > NO_TEXT else None) for i in order]
+                best_first = (-scores).argsort(kind="stable")[offset : offset + limit]  # ties stay: the newest first
+                page = [(pks[i], float(scores[i]) if scores[i] > NO_TEXT else None) for i in best_first]
             found: dict[int, sa.Row[Any]] = {}
             for part in parts([pk for pk, _ in page]):
                 found.update((row.pk, row) for row in connection.execute(select(items).where(items.c.pk.in_(part))))

@@ -1,5 +1,6 @@
 """Items: what is stored under a path and a key, found again, kept apart, outlived by nothing, and healed."""
 
+import asyncio
 import io
 import json
 import sqlite3
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from memory_os import ConfigError, InvalidInputError, Memory, StoreError
+from memory_os import AsyncMemory, ConfigError, InvalidInputError, Memory, StoreError
 from memory_os.adapters.scripted import HashEmbedder
 from memory_os.cli.main import app
 from memory_os.items import Items
@@ -527,3 +528,17 @@ def test_a_database_of_before_gets_its_tables(path):
         assert memory.namespace("a").items.count() == 0
         memory.namespace("a").items.put(A, "k", {}, texts=[("t", "kite")])
         assert np.isclose(memory.namespace("a").items.search(query="kite")[0].score, 1)
+
+
+def test_the_same_verbs_for_asyncio(tmp_path):
+    async def use():
+        async with AsyncMemory.open(tmp_path / "memory.db", embedder="hash") as memory:
+            items = memory.namespace("a").items
+            await items.put(("a",), "k", {"x": 1}, texts=[("x", "one cat")])
+            await items.put(("a",), "gone", {})
+            await items.delete(("a",), "gone")
+            [found] = await items.search(query="cat")
+            assert (await items.get(("a",), "k")).value == found.value == {"x": 1}
+            return await items.paths(), await items.count(), await items.sweep()
+
+    assert asyncio.run(use()) == ([("a",)], 1, 0)

@@ -528,7 +528,10 @@ def test_what_cannot_be_done_is_said(store):
             store.put(("a",), "k", {"title": "x"}, index=index)
     with pytest.raises(InvalidNamespaceError):
         store.put(("a.b",), "k", {})
-    assert store.search((), limit=10**30) == []
+    store.put(("a",), "k", {"n": 1})
+    for told in ({}, {"filter": {"n": 1}}, {"query": "x"}):
+        assert keys(store.search((), limit=10**30, **told)) == ["k"]
+        assert store.search((), limit=10**30, offset=10**30, **told) == []
 
 
 @pytest.mark.parametrize("condition", [{"n": {"$in": [1]}}, {"n": {"$gt": 1, "x": 2}}, {"n": [{"deep": {"$or": 1}}]}])

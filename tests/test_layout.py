@@ -26,6 +26,7 @@ EXCEPTIONS = {
     # these wrap the facade
     "adapters/bytestore.py": {"", "memory", "aio", "items"},
     "adapters/chat_history.py": {"", "memory", "aio"},
+    "adapters/configurable.py": {"", "memory", "aio"},
     "adapters/chat_model.py": {"", "memory", "aio"},
     "adapters/langchain.py": {"", "memory", "aio"},
     "adapters/langgraph.py": {"", "memory", "aio", "items"},
