@@ -102,14 +102,13 @@ class MemoryRetriever(BaseRetriever):
         given: RunnableConfig | None = None,
     ) -> list[Document]:
         scope = self.memory.namespace(*labels_of(self.namespace, given))
-        budget = self.budget_tokens if budget_tokens is None and k is None else budget_tokens
-        if budget is None:
-            return [
-                _as_document(hit.segment, hit.score, hit.contributions) for hit in scope.search(query, k=k or self.k)
-            ]
-        if k is not None:
+        if k is not None and budget_tokens is not None:
             raise ConfigError("give the retriever either k or budget_tokens, not both")
-        return self._within(scope, query, budget)
+        budget = self.budget_tokens if budget_tokens is None and k is None else budget_tokens
+        if budget is not None:
+            return self._within(scope, query, budget)
+        hits = scope.search(query, k=self.k if k is None else k)
+        return [_as_document(hit.segment, hit.score, hit.contributions) for hit in hits]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.tokenizers import counter_for, end_before, end_within
@@ -72,16 +73,7 @@ class LangChainLLM:
         :raises MissingExtraError: if langchain is not installed.
         :raises ConfigError: if the provider is unknown, its package missing, or its settings refused.
         """
-        try:
-            from langchain.chat_models import init_chat_model
-        except ImportError as error:
-            raise MissingExtraError(f"the model {model!r}", "langchain", "langchain") from error
-        try:
-            made: BaseChatModel = init_chat_model(model, **settings)
-        except ImportError as error:  # langchain's own text names the package and how to install it
-            raise ConfigError(f"the model {model!r} cannot be used: {error}") from error
-        except Exception as error:  # every provider has its own for a missing key
-            raise ConfigError(f"the model {model!r} cannot be set up: {error}") from error
+        made: BaseChatModel = _made("model", "langchain.chat_models", "init_chat_model", model, settings)
         return cls(made, context_window=context_window, name=model)
 
     @property
@@ -165,16 +157,7 @@ class LangChainEmbedder:
         :raises MissingExtraError: if langchain is not installed.
         :raises ConfigError: if the provider is unknown, its package missing, or its settings refused.
         """
-        try:
-            from langchain.embeddings import init_embeddings
-        except ImportError as error:
-            raise MissingExtraError(f"the embedder {model!r}", "langchain", "langchain") from error
-        try:
-            made = init_embeddings(model, **settings)
-        except ImportError as error:  # langchain's own text names the package and how to install it
-            raise ConfigError(f"the embedder {model!r} cannot be used: {error}") from error
-        except Exception as error:  # every provider has its own for a missing key
-            raise ConfigError(f"the embedder {model!r} cannot be set up: {error}") from error
+        made: Embeddings = _made("embedder", "langchain.embeddings", "init_embeddings", model, settings)
         return cls(made, name=model)
 
     @property
@@ -205,6 +188,20 @@ class LangChainEmbedder:
         self._dimension = len(vector)
         unit: Vector = vector / (np.linalg.norm(vector) or 1.0)
         return unit
+
+
+def _made(what: str, home: str, maker: str, model: str, settings: Mapping[str, Any]) -> Any:
+    """What LangChain makes of ``"provider:model"``."""
+    try:
+        make = getattr(import_module(home), maker)
+    except ImportError as error:
+        raise MissingExtraError(f"the {what} {model!r}", "langchain", "langchain") from error
+    try:
+        return make(model, **settings)
+    except ImportError as error:  # langchain's own text names the package and how to install it
+        raise ConfigError(f"the {what} {model!r} cannot be used: {error}") from error
+    except Exception as error:  # every provider has its own for a missing key
+        raise ConfigError(f"the {what} {model!r} cannot be set up: {error}") from error
 
 
 def _identity(embeddings: Embeddings) -> str:

@@ -1,7 +1,7 @@
 """A chain that answers from memory: retriever, prompt, model, all offline.
 
 The retriever is LangChain's ``BaseRetriever``; what it finds are the segments of one namespace, with who said them and
-when. The namespace comes with the call, so that one chain serves every user.
+when. The namespace comes with the call, so that one chain serves every user. As a tool it goes to any agent.
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
+from langchain_core.tools import create_retriever_tool
 
 from memory_os import Memory
 from memory_os.adapters.huggingface import HuggingFaceLLM
@@ -44,6 +45,10 @@ def main(folder: Path) -> None:
         print(as_lines(retriever.invoke(QUESTION, config)))
         print("\n" + QUESTION)
         print(chain.invoke(QUESTION, config).strip())
+
+        tool = create_retriever_tool(retriever, "search_memory", "What the user said in earlier conversations.")
+        print(f"\n{tool.name}: {tool.description}")
+        print(tool.invoke({"query": "peanuts"}, config).splitlines()[0])
 
 
 if __name__ == "__main__":

@@ -536,9 +536,12 @@ class Scope:
             is stored, and asking again gives the same context. ``answered`` then adds the reply.
         :param asked: the query's own segment, where the caller has stored it: only the trace is then to be stored.
         :raises BudgetError: if the fixed parts alone are over the budget.
-        :raises ConfigError: for a conversation with a controller whose memory enters as keys and values.
+        :raises ConfigError: for ``memory_tokens`` below 1, or a conversation with a controller whose memory enters as
+            keys and values.
         """
         check_text(query)
+        if memory_tokens is not None and memory_tokens < 1:
+            raise ConfigError(f"memory_tokens must be at least 1, not {memory_tokens}")
         limit = self._parts.options.budget if budget is None else budget
         if budget is None and memory_tokens is not None:
             limit = NO_LIMIT

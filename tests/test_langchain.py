@@ -131,8 +131,13 @@ def test_documents_are_left_out_where_joining_them_costs_more_than_a_fence(tmp_p
 def test_a_budget_gives_what_the_controller_chooses(memory):
     retriever = MemoryRetriever(memory=memory, namespace=ALICE)
     assert FACTS[0] in [d.page_content for d in retriever.invoke("What is my cat called?", budget_tokens=60)]
-    with pytest.raises(ConfigError, match="either k or budget_tokens"):
-        retriever.invoke("cat", k=2, budget_tokens=60)
+    for wrong, match in (
+        ({"k": 2, "budget_tokens": 60}, "either k or budget_tokens"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"budget_tokens": 0}, "memory_tokens must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            retriever.invoke("cat", **wrong)
     assert len(MemoryRetriever(memory=memory, namespace=ALICE, budget_tokens=60).invoke("cat", k=5)) == 5
 
 
