@@ -221,9 +221,14 @@ class Scope:
         [segment] = self.add_many([new])
         return segment
 
-    def add_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
-        """Store several at once, in order, with their vectors; gives back those that were not stored before."""
+    def add_many(self, segments: Sequence[NewSegment], *, embed: bool = True) -> list[Segment]:
+        """Store several at once, in order, with their vectors; gives back those that were not stored before.
+
+        :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
+        """
         stored = self._parts.store.append(self.labels, segments)
+        if not embed:
+            return stored
         catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
         return stored
 
@@ -594,7 +599,7 @@ class Scope:
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
-        catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
+        catch_up(parts.store, parts.embedder, self.labels)  # nothing else finds what has no vector
         if isinstance(query, str):
             vector = parts.embedder.embed_query(check_text(query))
         else:
