@@ -24,10 +24,11 @@ from memory_os.adapters.langchain_messages import (
 )
 from memory_os.adapters.langchain_models import LIMITS, LangChainLLM
 from memory_os.adapters.tokenizers import counter_for
+from memory_os.echo import derived
 from memory_os.errors import BudgetError, ConfigError
 from memory_os.memory import DEFAULT_SESSION, Memory, Scope
 from memory_os.protocols import CachingLLM, TokenCounter
-from memory_os.types import Context, Conversation, Message, Namespace, Segment
+from memory_os.types import Context, Conversation, Message, Namespace, NewSegment, Segment
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -39,6 +40,8 @@ __all__ = ["Recalled", "Remembering"]
 
 MEDIA_TOKENS = 1600
 """What an image or a file in a request is taken to cost: about the most that providers count for an image."""
+LOOKS_BACK = 12
+"""So many of the session's latest segments may be what a reply repeats, besides what was recalled."""
 MAX_TURNS = 256
 """So many turns may be going on at once, in one process, before the memory of the oldest is chosen anew."""
 
@@ -122,6 +125,7 @@ class Remembering:
         :param outcome: what is to be known of them, such as that they were interrupted.
         """
         new = as_segments(messages, scope.session_name or DEFAULT_SESSION, unrecorded=self._unrecorded)
+        new = self._marked(scope, new)
         if outcome:
             new = [replace(item, metadata={**item.metadata, "outcome": outcome}) for item in new]
         stored = scope.add_many(new)
@@ -131,12 +135,32 @@ class Remembering:
         found = [by_key.get(item.key) if item.key else next(without) for item in new]
         return [segment for segment in found if segment]  # one may have been forgotten a moment ago
 
+    def _marked(self, scope: Scope, new: Sequence[NewSegment]) -> list[NewSegment]:
+        """The segments, replies with what they repeat of the memory that was put into the turns going on."""
+        going_on = {where: chosen for where, chosen in self._turns.items() if where[:2] == _place(scope)}
+        if not going_on or all(item.role != "assistant" for item in new):
+            return list(new)
+        asked = {query for _, _, query in going_on}
+        shown = [
+            each
+            for chosen in going_on.values()
+            for each in zip(chosen.context.segments, chosen.context.shown, strict=True)
+        ]
+        shown += [(segment, segment.text) for segment in scope.history(LOOKS_BACK) if segment.id not in asked]
+        stored = self.memory.parts.store.redacted  # the marks are of the text as it is stored
+        return [
+            replace(item, metadata={**item.metadata, **derived(stored(item.text), shown)})
+            if item.role == "assistant"
+            else item
+            for item in new
+        ]
+
     def answered(self, scope: Scope, turn: Sequence[Segment]) -> None:
         """Note in the turn's trace which segment was the reply."""
         query = next((segment for segment in reversed(turn) if segment.role == "user"), None)
         if query is None:
             return
-        chosen = self._turns.pop((scope.labels, scope.session_name, query.id), None)
+        chosen = self._turns.pop((*_place(scope), query.id), None)
         if chosen and turn[-1].role == "assistant":
             scope.answered(chosen.context.trace.id, turn[-1].id)
 
@@ -170,7 +194,7 @@ class Remembering:
         shown = [as_counted(message) for message in messages]
         if limit < 1:
             return None
-        where = (scope.labels, scope.session_name, asked.id if asked else "")
+        where = (*_place(scope), asked.id if asked else "")
         chosen = self._turns.get(where) if asked else None
         if chosen is None or self._tokens(counting, chosen, shown, at, tools) > limit:
             keys = {key for message in messages if (key := key_of(message, scope.session_name or ""))}
@@ -221,6 +245,10 @@ class Remembering:
         before: list[Message] = [{"role": "system", "content": chosen.system}] if chosen.system else []
         query: Message = {"role": "user", "content": f"{chosen.context.text}\n\n{shown[at]['content']}"}
         return counting.parts.counter.count_tokens([*before, *shown[:at], query, *shown[at + 1 :]], tools)
+
+
+def _place(scope: Scope) -> tuple[Namespace, str | None]:
+    return scope.labels, scope.session_name
 
 
 def _own_limit(model: BaseChatModel) -> int | None:

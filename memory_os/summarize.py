@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from memory_os.ask import reply_to
-from memory_os.derive import catch_up
+from memory_os.derive import BATCH, catch_up
 from memory_os.errors import ConfigError, InvalidInputError, LLMError
 from memory_os.ingest import check_text
 from memory_os.lexical import language_of
@@ -118,7 +118,8 @@ class Summarizer:
                 complete = False
                 self.notes.append(f"level {len(levels)} is hardly shorter than the one below it; stopped there")
                 break
-        catch_up(self.store, self.embedder, self.namespace)
+        # few, or else the backlog's: as many as a change of embedder leaves are not made while somebody waits
+        catch_up(self.store, self.embedder, self.namespace, limit=BATCH)
         text = "\n\n".join(segment.text for segment in levels[-1])
         return Summary(text, tuple(map(tuple, levels)), complete, tuple(self.notes), self.calls, self.found)
 
