@@ -9,13 +9,12 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 from langchain_core.stores import ByteStore
 
-from memory_os.adapters.configurable import labels_of, opened
+from memory_os.adapters.configurable import labels_of, memory_of, pinned
 from memory_os.aio import AsyncMemory
 from memory_os.errors import InvalidInputError
 from memory_os.items import Items
 from memory_os.memory import Memory
 from memory_os.protocols import Item, ItemChange
-from memory_os.types import as_namespace
 
 __all__ = ["MemoryByteStore"]
 
@@ -40,8 +39,8 @@ class MemoryByteStore(ByteStore):
         namespace: Sequence[str] | None = None,
         path: Sequence[str] = ("bytes",),
     ) -> None:
-        self._memory = opened(memory)
-        self._namespace = None if namespace is None else as_namespace(namespace)
+        self._memory = memory_of(memory)
+        self._namespace = pinned(namespace)
         self._path = tuple(path) if not isinstance(path, str) else (path,)
 
     def _items(self) -> Items:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, message_to_dict, messages_from_dict
 
-from memory_os.adapters.configurable import opened
+from memory_os.adapters.configurable import labels_of, memory_of
 from memory_os.adapters.langchain_messages import as_segments
 from memory_os.errors import ConfigError
 
@@ -38,20 +39,23 @@ class MemoryChatHistory(BaseChatMessageHistory):
     def __init__(self, memory: Memory | AsyncMemory, *, namespace: Sequence[str], session: str, n: int = 50) -> None:
         if n < 1:
             raise ConfigError(f"n must be at least 1, not {n}")
-        self._scope = opened(memory).namespace(*namespace).session(session)
+        self._scope = memory_of(memory).namespace(*labels_of(namespace)).session(session)
         self._session, self._n = session, n
 
     @property
     def messages(self) -> list[BaseMessage]:  # type: ignore[override]  # an attribute there, for which there is no setter
         """The turns, oldest first."""
-        return [_as_message(segment) for segment in self._scope.history(self._n) if segment.kind == "turn"]
+        turns = [segment for segment in self._scope.history(self._n) if segment.kind == "turn"]
+        while turns and turns[0].role == "tool":  # cut off from the call that it answers, which providers refuse
+            turns.pop(0)
+        return [_as_message(segment) for segment in turns]
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
         """Store messages, in order."""
         new = []
         for message in messages:
-            for segment in as_segments([message], self._session):
-                whole = {} if _is_plain(message) else {WHOLE: message_to_dict(message)}
+            whole = {} if _is_plain(message) else {WHOLE: json.loads(json.dumps(message_to_dict(message), default=str))}
+            for _, segment in as_segments([message], self._session):
                 new.append(replace(segment, metadata={**segment.metadata, **whole}))
         self._scope.add_many(new)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.caches import BaseCache
 from langchain_core.language_models import BaseChatModel
@@ -17,15 +18,14 @@ from langchain_core.messages import (
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableBinding, RunnableConfig
-from pydantic import BeforeValidator, PrivateAttr, model_validator
+from pydantic import PrivateAttr, model_validator
 
-from memory_os.adapters.configurable import labels_of, opened, session_of
-from memory_os.adapters.langchain_messages import as_segments, query_at, text_of
-from memory_os.adapters.langchain_models import LangChainLLM
+from memory_os.adapters.configurable import AMemory, Labels, labels_of, session_of
+from memory_os.adapters.langchain_models import QUIET, LangChainLLM
 from memory_os.adapters.remembering import Remembering
 from memory_os.errors import ConfigError
-from memory_os.memory import DEFAULT_SESSION, Memory, Scope
-from memory_os.types import Segment, as_namespace
+from memory_os.memory import DEFAULT_SESSION, Scope
+from memory_os.types import Namespace
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -37,19 +37,33 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryChatModel"]
 
-QUIET: RunnableConfig = {"callbacks": []}
-"""The inner call tells nobody: whoever listens hears of each token, and of the tokens used, from the outer one."""
+STANDARD = {"temperature", "max_tokens", "timeout", "stop", "max_retries", "api_key", "base_url", "streaming"}
+"""Settings that LangChain's models take or leave."""
+OURS = (
+    "memory", "namespace", "session", "memory_tokens", "context_window", "tokenizer", "reply_tokens", "unrecorded",
+)  # fmt: skip
+
+
+@dataclass(repr=False)
+class Call:
+    """What LangChain does not hand on to a model: where a call's memory is, and how to end a stream that was closed.
+
+    An async generator that another one reads is not closed with it, but some time later.
+    """
+
+    labels: Namespace
+    session: str
+    finish: Callable[[], Awaitable[None]] | None = None
+
+    def __repr__(self) -> str:
+        return f"{'/'.join(self.labels)}, {self.session}"  # as it stands in LangChain's traces
 
 
 class Request(NamedTuple):
-    """A call on its way.
-
-    :param asked: the stored segment of what the user wrote last.
-    """
+    """A call on its way."""
 
     scope: Scope
     messages: list[BaseMessage]
-    asked: Segment | None
 
 
 class MemoryChatModel(BaseChatModel):
@@ -68,22 +82,23 @@ class MemoryChatModel(BaseChatModel):
     :param context_window: of the model; by default what its LangChain profile says, else 8192.
     :param tokenizer: counts for the model: a name or an object; by default by the model's name.
     :param reply_tokens: kept free for the reply; by default the model's own limit, else the memory's.
+    :param unrecorded: names of tools whose calls and results are not to be stored, such as those that look into this
+        memory.
     """
 
     model: BaseChatModel
-    memory: Annotated[Memory, BeforeValidator(opened)]
-    namespace: Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: None if v is None else as_namespace(v))] = (
-        None
-    )
+    memory: AMemory
+    namespace: Labels = None
     session: str | None = None
     memory_tokens: int | None = None
     context_window: int | None = None
     tokenizer: Any = None
     reply_tokens: int | None = None
+    unrecorded: tuple[str, ...] = ()
     cache: BaseCache | bool | None = False
     """Off: what memory holds is not part of what LangChain's cache looks at. The model's own cache sees the request."""
 
-    _remembering: Remembering = PrivateAttr()
+    _made: tuple[dict[str, Any], Remembering] | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -96,6 +111,8 @@ class MemoryChatModel(BaseChatModel):
             ours["model"] = LangChainLLM.from_string(model, **settings).model
         elif isinstance(model, BaseChatModel):
             known = {name: value for name, value in settings.items() if name in type(model).model_fields}
+            if unknown := sorted(set(settings) - set(known) - STANDARD):
+                raise ConfigError(f"{unknown[0]!r} is a setting neither of memory nor of {type(model).__name__}")
             ours["model"] = model.model_copy(update=known) if known else model
         if isinstance(ours.get("model"), BaseChatModel):
             ours.setdefault("profile", ours["model"].profile)
@@ -106,15 +123,15 @@ class MemoryChatModel(BaseChatModel):
 
         :raises ConfigError: for one that cannot be used.
         """
-        self._remembering = Remembering(
-            self.memory,
-            namespace=self.namespace,
-            session=self.session,
-            memory_tokens=self.memory_tokens,
-            context_window=self.context_window,
-            tokenizer=self.tokenizer,
-            reply_tokens=self.reply_tokens,
-        )
+        _ = self._remembering
+
+    @property
+    def _remembering(self) -> Remembering:
+        """Made anew for a copy with other settings."""
+        settings = {name: getattr(self, name) for name in OURS}
+        if self._made is None or any(settings[name] is not self._made[0][name] for name in OURS):
+            self._made = settings, Remembering(**settings)
+        return self._made[1]
 
     @property
     def _llm_type(self) -> str:
@@ -151,8 +168,8 @@ class MemoryChatModel(BaseChatModel):
     # -- calls: the namespace is the call's, and LangChain does not tell a model of it ---------------------------------
 
     def _named(self, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        where = (labels_of(self.namespace, config), session_of(self.session, config) or DEFAULT_SESSION)
-        return {"remembers_in": where, **kwargs}
+        call = Call(labels_of(self.namespace, config), session_of(self.session, config) or DEFAULT_SESSION)
+        return {"remembers_in": call, **kwargs}
 
     def invoke(
         self,
@@ -190,8 +207,12 @@ class MemoryChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """The reply, piece by piece."""
-        yield from super().stream(input, config, stop=stop, **self._named(config, kwargs))
+        """The reply, piece by piece; closing it stops the model, and what it said is stored."""
+        chunks = super().stream(input, config, stop=stop, **self._named(config, kwargs))
+        try:
+            yield from chunks
+        finally:
+            _close(chunks)
 
     async def astream(
         self,
@@ -201,9 +222,30 @@ class MemoryChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
-        """The reply, piece by piece."""
-        async for chunk in super().astream(input, config, stop=stop, **self._named(config, kwargs)):
-            yield chunk
+        """The reply, piece by piece; closing it stops the model, and what it said is stored."""
+        named = self._named(config, kwargs)
+        chunks = super().astream(input, config, stop=stop, **named)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await _aclose(chunks)
+            if named["remembers_in"].finish:
+                await named["remembers_in"].finish()
+
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As LangChain's; version 3 asks the model itself."""
+        named = self._named(config, kwargs) if kwargs.get("version") == "v3" else kwargs
+        return super().stream_events(input, config, **named)
+
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """As LangChain's; version 3 asks the model itself."""
+        named = self._named(config, kwargs) if kwargs.get("version") == "v3" else kwargs
+        return super().astream_events(input, config, **named)
+
+    def get_num_tokens(self, text: str) -> int:
+        """Tokens of a text, as the budget counts them."""
+        return self._remembering.counter_of(self.model).count_text(text)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -216,7 +258,7 @@ class MemoryChatModel(BaseChatModel):
     ) -> ChatResult:
         request = self._begin(messages, kwargs)
         reply = self.model.invoke(request.messages, QUIET, stop=stop, **kwargs)
-        self._end(request, reply)
+        self._remembering.record_reply(request.scope, reply)
         return ChatResult(generations=[ChatGeneration(message=reply)])
 
     async def _agenerate(
@@ -228,7 +270,7 @@ class MemoryChatModel(BaseChatModel):
     ) -> ChatResult:
         request = await asyncio.to_thread(self._begin, messages, kwargs)
         reply = await self.model.ainvoke(request.messages, QUIET, stop=stop, **kwargs)
-        await asyncio.to_thread(self._end, request, reply)
+        await asyncio.to_thread(self._remembering.record_reply, request.scope, reply)
         return ChatResult(generations=[ChatGeneration(message=reply)])
 
     def _stream(
@@ -241,14 +283,17 @@ class MemoryChatModel(BaseChatModel):
         request = self._begin(messages, kwargs)
         said: BaseMessageChunk | None = None
         outcome: str | None = "interrupted"
+        chunks = self.model.stream(request.messages, QUIET, stop=stop, **kwargs)
         try:
-            for chunk in self.model.stream(request.messages, QUIET, stop=stop, **kwargs):
+            for message in chunks:
+                chunk = _as_chunk(message)
                 said = chunk if said is None else said + chunk
                 yield ChatGenerationChunk(message=chunk)
             outcome = None
         finally:
+            _close(chunks)
             if said is not None:
-                self._end(request, message_chunk_to_message(said), outcome)
+                self._remembering.record_reply(request.scope, message_chunk_to_message(said), outcome)
 
     async def _astream(
         self,
@@ -257,60 +302,83 @@ class MemoryChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        call: Call | None = kwargs.get("remembers_in")
         request = await asyncio.to_thread(self._begin, messages, kwargs)
         said: BaseMessageChunk | None = None
         outcome: str | None = "interrupted"
+        chunks = self.model.astream(request.messages, QUIET, stop=stop, **kwargs)
+        ending: asyncio.Task[None] | None = None
+
+        async def end() -> None:
+            await _aclose(chunks)
+            if said is not None:
+                whole = message_chunk_to_message(said)
+                await asyncio.to_thread(self._remembering.record_reply, request.scope, whole, outcome)
+
+        async def finish() -> None:
+            nonlocal ending
+            if ending is None:
+                ending = asyncio.ensure_future(end())
+            await asyncio.shield(ending)
+
+        if call:
+            call.finish = finish
         try:
-            async for chunk in self.model.astream(request.messages, QUIET, stop=stop, **kwargs):
+            async for message in chunks:
+                chunk = _as_chunk(message)
                 said = chunk if said is None else said + chunk
                 yield ChatGenerationChunk(message=chunk)
             outcome = None
         finally:
-            if said is not None:
-                await asyncio.to_thread(self._end, request, message_chunk_to_message(said), outcome)
+            await finish()
 
     def _begin(self, messages: list[BaseMessage], kwargs: dict[str, Any]) -> Request:
         """Store what is new, and put what memory holds into the request; ``kwargs`` keeps what is the model's."""
-        scope = self._scope(kwargs.pop("remembers_in", None))
-        before = self._recorded(scope, messages)
-        replies = [n for n, message in enumerate(messages) if message.type == "ai"]
-        new = self._remembering.record(scope, messages[replies[-1] + 1 if replies else 0 :])
-        at = query_at(messages)
-        asked = next((segment for segment in reversed(new) if segment.role == "user"), None)
-        if asked is None and at is not None:  # asked in an earlier call of this turn
-            asked = before.get(("user", text_of(messages[at])))
+        call: Call | None = kwargs.pop("remembers_in", None)
+        scope = self._remembering.scope((call.labels, call.session) if call else None)
+        self._remembering.record_call(scope, messages)
         head = messages[0] if messages and messages[0].type == "system" else None
+        schemas = [*(kwargs.get("tools") or ())]
+        if response_format := kwargs.get("response_format"):
+            schemas.append({"response_format": response_format})
         recalled = self._remembering.recall(
             scope,
             self.model,
             "" if head is None else str(head.text),
             messages if head is None else messages[1:],
-            kwargs.get("tools") or (),
-            asked,
-            [segment.id for segment in before.values()],
+            schemas,
+            kwargs,
         )
         if recalled is None:
-            return Request(scope, messages, asked)
-        if head is not None and recalled.system == str(head.text):
-            return Request(scope, [head, *recalled.messages], asked)
-        system = [SystemMessage(content=recalled.system)] if recalled.system else []
-        return Request(scope, [*system, *recalled.messages], asked)
+            return Request(scope, messages)
+        return Request(scope, [*_systems(head, recalled.instruction), *recalled.messages])
 
-    def _scope(self, where: tuple[tuple[str, ...], str] | None) -> Scope:
-        if where is None:  # called by ``generate``, which knows no configuration
-            return self._remembering.scope()
-        labels, session = where
-        return self.memory.namespace(*labels).session(session)
 
-    @staticmethod
-    def _recorded(scope: Scope, messages: list[BaseMessage]) -> dict[tuple[str, str], Segment]:
-        """The session's segments that these messages are, as far as their texts tell: callers hardly ever give ids."""
-        said = {(new.role, new.text) for new in as_segments(messages, scope.session_name or DEFAULT_SESSION)}
-        recent = scope.history(2 * len(messages) + 2)
-        return {told: s for s in recent if (told := (s.role, s.text)) in said}
+def _systems(head: BaseMessage | None, instruction: str) -> list[BaseMessage]:
+    """The caller's system prompt with what the controller adds to it."""
+    if not instruction:
+        return [] if head is None else [head]
+    if head is None:
+        return [SystemMessage(content=instruction)]
+    if isinstance(head.content, str):
+        return [head.model_copy(update={"content": f"{head.content}\n\n{instruction}".strip()})]
+    added = {"type": "text", "text": f"\n\n{instruction}"}
+    return [head.model_copy(update={"content": [*head.content, added]})]
 
-    def _end(self, request: Request, reply: BaseMessage, outcome: str | None = None) -> None:
-        """Store the reply."""
-        stored = self._remembering.record(request.scope, [reply], outcome)
-        if request.asked and not getattr(reply, "tool_calls", None):
-            self._remembering.answered(request.scope, [request.asked, *stored])
+
+def _as_chunk(message: BaseMessage) -> BaseMessageChunk:
+    """A piece of a stream; a model that does not stream gives its reply whole."""
+    if isinstance(message, BaseMessageChunk):
+        return message
+    told = message.model_dump(exclude={"type", "chunk_position"})
+    return AIMessageChunk(**{name: value for name, value in told.items() if name in AIMessageChunk.model_fields})
+
+
+def _close(chunks: Iterator[Any]) -> None:
+    if isinstance(chunks, Generator):
+        chunks.close()  # an interrupted model stops now, not when it is garbage
+
+
+async def _aclose(chunks: AsyncIterator[Any]) -> None:
+    if isinstance(chunks, AsyncGenerator):
+        await chunks.aclose()

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from memory_os.errors import ConfigError, NamespaceError
 from memory_os.memory import Memory
@@ -18,18 +20,33 @@ if TYPE_CHECKING:
 
     from memory_os.aio import AsyncMemory
 
-__all__ = ["labels_of", "opened", "session_of"]
+__all__ = ["AMemory", "Labels", "labels_of", "memory_of", "pinned", "session_of"]
 
 
-def opened(memory: Memory | AsyncMemory) -> Memory:
+def memory_of(memory: Memory | AsyncMemory) -> Memory:
     """The memory behind either door.
 
     :raises ConfigError: for anything else.
     """
-    inner = getattr(memory, "memory", memory)
-    if not isinstance(inner, Memory):
+    from memory_os.aio import AsyncMemory
+
+    if isinstance(memory, AsyncMemory):
+        return memory.memory
+    if not isinstance(memory, Memory):
         raise ConfigError(f"memory is what Memory.open(...) gives, not {type(memory).__name__}")
-    return inner
+    return memory
+
+
+def pinned(namespace: Sequence[str] | None) -> Namespace | None:
+    """A constructor's namespace, checked.
+
+    :raises NamespaceError: if it cannot be one.
+    """
+    return None if namespace is None else _checked(namespace)
+
+
+AMemory = Annotated[Memory, BeforeValidator(memory_of)]
+Labels = Annotated[tuple[str, ...] | None, BeforeValidator(pinned)]
 
 
 def labels_of(namespace: Sequence[str] | None, config: RunnableConfig | None = None) -> Namespace:
@@ -44,14 +61,22 @@ def labels_of(namespace: Sequence[str] | None, config: RunnableConfig | None = N
             'no namespace given: name one, as namespace=("acme", "alice") or in the call: '
             'config={"configurable": {"namespace": ("acme", "alice")}}'
         )
-    return as_namespace(given)
+    return _checked(given)
 
 
 def session_of(session: str | None, config: RunnableConfig | None = None) -> str | None:
     """The session of a call, by the same rule; ``None`` where neither a session nor a thread is named."""
     configurable = _configurable(config)
-    given = next((each for each in (session, configurable.get("session"), configurable.get("thread_id")) if each), None)
-    return None if given is None else str(given)
+    for given in (session, configurable.get("session"), configurable.get("thread_id")):
+        if given is not None and str(given).strip():
+            return str(given)
+    return None
+
+
+def _checked(namespace: Any) -> Namespace:
+    if not isinstance(namespace, str | list | tuple):
+        raise NamespaceError(f"a namespace is a list of labels, not {type(namespace).__name__}: {namespace!r}")
+    return as_namespace(namespace)
 
 
 def _configurable(config: RunnableConfig | None) -> Mapping[str, Any]:

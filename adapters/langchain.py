@@ -6,9 +6,10 @@ They need ``langchain-core`` only. For agents see ``middleware.py``, for LangGra
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import uuid_utils
 from langchain_core.documents import Document
@@ -17,17 +18,17 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables.config import ensure_config
 from langchain_core.vectorstores import VectorStore
 from langchain_core.vectorstores.utils import maximal_marginal_relevance
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from memory_os.adapters.chat_history import MemoryChatHistory
 from memory_os.adapters.chat_llm import ChatLLM
 from memory_os.adapters.chat_model import MemoryChatModel
-from memory_os.adapters.configurable import labels_of, opened
+from memory_os.adapters.configurable import AMemory, Labels, labels_of, memory_of, pinned
 from memory_os.adapters.langchain_models import LangChainEmbedder, LangChainLLM
 from memory_os.adapters.tools import memory_tools
 from memory_os.errors import ConfigError, InvalidInputError
-from memory_os.memory import Memory
-from memory_os.types import NewSegment, Segment, as_namespace
+from memory_os.memory import NO_LIMIT, Memory
+from memory_os.types import NewSegment, Segment
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
@@ -50,13 +51,8 @@ __all__ = [
     "memory_tools",
 ]
 
-Opened = Annotated[Memory, BeforeValidator(opened)]
-Labels = Annotated[
-    tuple[str, ...] | None, BeforeValidator(lambda given: None if given is None else as_namespace(given))
-]
-
 DOCUMENT = "document:"
-"""What a document's id has before it in the key of its segment, so that no other key can be taken for it."""
+"""With this begins the key of a document's segment, so that no other key can be taken for it."""
 
 
 class MemoryRetriever(BaseRetriever):
@@ -73,7 +69,7 @@ class MemoryRetriever(BaseRetriever):
         ``invoke(..., budget_tokens=500)``.
     """
 
-    memory: Opened
+    memory: AMemory
     namespace: Labels = None
     k: int = Field(default=4, ge=1)
     budget_tokens: int | None = Field(default=None, ge=1)
@@ -136,7 +132,10 @@ class MemoryRetriever(BaseRetriever):
 def _as_document(
     segment: Segment, score: float, contributions: Mapping[str, float], text: str | None = None, **more: Any
 ) -> Document:
-    """A segment with its provenance; metadata of its own stands beside it, under its own names."""
+    """A segment with its provenance, and metadata of its own beside it.
+
+    Where names clash, provenance has the name, and what was stored stands whole under ``stored``.
+    """
     told = {
         "namespace": list(segment.namespace),
         "session": segment.session,
@@ -151,9 +150,10 @@ def _as_document(
         **({"offset": list(segment.offset)} if segment.offset else {}),
         **more,
     }
-    return Document(
-        id=segment.id, page_content=segment.text if text is None else text, metadata={**segment.metadata, **told}
-    )
+    if told.keys() & segment.metadata.keys():
+        told["stored"] = dict(segment.metadata)
+    content = segment.text if text is None else text
+    return Document(id=segment.id, page_content=content, metadata={**segment.metadata, **told})
 
 
 class MemoryVectorStore(VectorStore):
@@ -163,15 +163,15 @@ class MemoryVectorStore(VectorStore):
 
     :param memory: what ``Memory.open`` or ``AsyncMemory.open`` gives; its embedder is the one that is used.
     :param namespace: labels; without it each run names its own: ``config={"configurable": {"namespace": (...)}}``.
-    :param session: what the documents are kept under, and what ``delete()`` without ids removes.
+    :param session: what this store's documents are kept under. Ids are unique in it, and ``delete`` deletes in it.
     """
 
     def __init__(
         self, memory: Memory | AsyncMemory, *, namespace: Sequence[str] | None = None, session: str = "documents"
     ) -> None:
-        self.memory = opened(memory)
+        self.memory = memory_of(memory)
         self.session = session
-        self.namespace = None if namespace is None else labels_of(namespace)
+        self.namespace = pinned(namespace)
 
     @classmethod
     def from_texts(
@@ -210,15 +210,36 @@ class MemoryVectorStore(VectorStore):
 
     # -- write -----------------------------------------------------------------------------------------------------
 
-    def add_documents(self, documents: list[Document], *, ids: list[str] | None = None, **kwargs: Any) -> list[str]:
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Store texts as documents, all or none; see ``add_documents``."""
+        listed = list(texts)
+        if metadatas and len(metadatas) != len(listed):
+            raise InvalidInputError(f"there are {len(metadatas)} metadatas for {len(listed)} texts; give one for each")
+        documents = [
+            Document(page_content=text, metadata=metadata)
+            for text, metadata in zip(listed, metadatas or [{}] * len(listed), strict=True)
+        ]
+        return self.add_documents(documents, ids=ids)
+
+    def add_documents(
+        self, documents: Iterable[Document], *, ids: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> list[str]:
         """Store documents, all or none; their ids, made where neither ``ids`` nor the document has one.
 
         :raises InvalidInputError: for ids of another number, an empty text, or metadata that is no JSON.
         """
-        if ids is not None and len(ids) != len(documents):
-            raise InvalidInputError(f"there are {len(ids)} ids for {len(documents)} documents; give one for each")
-        given: Sequence[str | None] = ids if ids is not None else [None] * len(documents)
-        names = [id_ or document.id or str(uuid_utils.uuid7()) for id_, document in zip(given, documents, strict=True)]
+        listed = list(documents)
+        if ids is not None and len(ids) != len(listed):
+            raise InvalidInputError(f"there are {len(ids)} ids for {len(listed)} documents; give one for each")
+        given = ids if ids is not None else [None] * len(listed)
+        names = [id_ or document.id or str(uuid_utils.uuid7()) for id_, document in zip(given, listed, strict=True)]
         self._scope().replace_many(
             [
                 NewSegment(
@@ -226,9 +247,9 @@ class MemoryVectorStore(VectorStore):
                     self.session,
                     kind="document",
                     metadata=document.metadata,
-                    key=DOCUMENT + name,
+                    key=self._key(name),
                 )
-                for name, document in zip(names, documents, strict=True)
+                for name, document in zip(names, listed, strict=True)
             ]
         )
         return names
@@ -236,22 +257,45 @@ class MemoryVectorStore(VectorStore):
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
         """Delete documents, and what is derived from them; ids that are not there are passed over.
 
-        :param ids: all documents of this store if not given; other records of the namespace stay.
+        :param ids: of documents, or of their segments; all documents of this store if not given.
+        :raises ConfigError: for one id in place of a list.
         """
+        if isinstance(ids, str):
+            raise ConfigError(f"delete takes a list of ids; write [{ids!r}]")
         scope = self._scope()
-        if ids is not None:
-            if found := {segment.id for segment in scope.lookup(_keys(ids)).values() if _id_of(segment) in ids}:
-                scope.forget(*found)
-        elif scope.session(self.session).history(1):
-            scope.forget(session=self.session)
+        if ids is None:
+            found = scope.session(self.session).history(NO_LIMIT)
+        else:
+            found = list(scope.lookup(name for id_ in ids for name in (self._key(id_), id_)).values())
+        if mine := {segment.id for segment in found if self._id_in_store(segment) is not None}:
+            scope.forget(*mine)
         return True
+
+    def _key(self, id_: str) -> str:
+        return DOCUMENT + json.dumps([self.session, id_])
+
+    def _id_in_store(self, segment: Segment) -> str | None:
+        """The id under which this store has added it; ``None`` for any other record."""
+        if not (segment.key or "").startswith(DOCUMENT):
+            return None
+        session, id_ = json.loads(str(segment.key).removeprefix(DOCUMENT))
+        return str(id_) if session == self.session else None
+
+    def _plain(self, segment: Segment) -> Document:
+        """A record as it was added."""
+        id_ = self._id_in_store(segment)
+        return Document(
+            id=segment.id if id_ is None else id_, page_content=segment.text, metadata=dict(segment.metadata)
+        )
 
     # -- read ------------------------------------------------------------------------------------------------------
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents that exist, in the order of their ids."""
-        found = {_id_of(segment): segment for segment in self._scope().lookup(_keys(ids)).values()}
-        return [_plain(found[id_]) for id_ in ids if id_ in found]
+        found = self._scope().lookup(name for id_ in ids for name in (self._key(id_), id_))
+        there = [found.get(self._key(id_)) or found.get(id_) for id_ in ids]
+        documents = [self._plain(segment) for segment in there if segment]
+        return [document for document in documents if document.id in ids]
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
         """The ``k`` nearest documents.
@@ -262,11 +306,11 @@ class MemoryVectorStore(VectorStore):
 
     def similarity_search_with_score(self, query: str, k: int = 4, **kwargs: Any) -> list[tuple[Document, float]]:
         """The ``k`` nearest documents with their cosines."""
-        return [(_plain(hit.segment), hit.score) for hit in self._nearest(query, k, **kwargs)]
+        return [(self._plain(hit.segment), hit.score) for hit in self._nearest(query, k, **kwargs)]
 
     def similarity_search_by_vector(self, embedding: list[float], k: int = 4, **kwargs: Any) -> list[Document]:
         """The ``k`` documents nearest to a vector of the memory's embedder."""
-        return [_plain(hit.segment) for hit in self._nearest(embedding, k, **kwargs)]
+        return [self._plain(hit.segment) for hit in self._nearest(embedding, k, **kwargs)]
 
     def max_marginal_relevance_search(
         self, query: str, k: int = 4, fetch_k: int = 20, lambda_mult: float = 0.5, **kwargs: Any
@@ -286,7 +330,7 @@ class MemoryVectorStore(VectorStore):
             return []
         vectors = self.memory.parts.embedder.embed_documents([hit.segment.text for hit in hits])
         chosen = maximal_marginal_relevance(np.asarray(embedding), list(vectors), k=k, lambda_mult=lambda_mult)
-        return [_plain(hits[n].segment) for n in chosen]
+        return [self._plain(hits[n].segment) for n in chosen]
 
     def _nearest(
         self,
@@ -294,7 +338,16 @@ class MemoryVectorStore(VectorStore):
         k: int,
         filter: Mapping[str, Any] | Callable[[Document], bool] | None = None,
     ) -> list[Hit]:
-        return self._scope().nearest(query, k=k, where=None if filter is None else _where(filter))
+        if not (filter is None or callable(filter) or isinstance(filter, Mapping)):
+            raise ConfigError(f"filter is metadata that documents must have, or a function of one, not {filter!r}")
+
+        def accepted(segment: Segment) -> bool:
+            if callable(filter):
+                return filter(self._plain(segment))
+            told = segment.metadata
+            return all(name in told and told[name] == value for name, value in (filter or {}).items())
+
+        return self._scope().nearest(query, k=k, where=None if filter is None else accepted)
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda cosine: min(1.0, max(0.0, cosine))
@@ -315,26 +368,3 @@ class MemoryEmbeddings(Embeddings):
         """The unit vector of a question."""
         vector: list[float] = self.embedder.embed_query(text).tolist()
         return vector
-
-
-def _keys(ids: Iterable[str]) -> list[str]:
-    """Under what the records with these ids may be: documents by key, all others by the segment's own id."""
-    return [name for id_ in ids for name in (DOCUMENT + id_, id_)]
-
-
-def _id_of(segment: Segment) -> str:
-    key = segment.key or ""
-    return key.removeprefix(DOCUMENT) if key.startswith(DOCUMENT) else segment.id
-
-
-def _plain(segment: Segment) -> Document:
-    """A record as it was added."""
-    return Document(id=_id_of(segment), page_content=segment.text, metadata=dict(segment.metadata))
-
-
-def _where(filter: Mapping[str, Any] | Callable[[Document], bool]) -> Callable[[Segment], bool]:
-    if callable(filter):
-        return lambda segment: filter(_plain(segment))
-    return lambda segment: all(
-        name in segment.metadata and segment.metadata[name] == value for name, value in filter.items()
-    )

@@ -13,51 +13,81 @@ if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
 
 __all__ = [
+    "MARK",
     "as_counted",
     "as_segments",
     "key_of",
     "n_media",
     "query_at",
+    "role_of",
     "schemas_of",
     "text_of",
-    "turn_of",
     "with_memory",
+    "words_since",
 ]
 
-ROLES: Mapping[str, Role] = {"human": "user", "ai": "assistant", "tool": "tool", "function": "tool"}
-# blocks that are text, or that are told by other means
-SPOKEN = {"text", "text-plain", "reasoning", "thinking", "redacted_thinking", "refusal"}
+MARK = {"memory_os": True}
+"""The artifact of what memory's own tools answer: it comes from memory, and is not stored again."""
+
+ROLES: Mapping[str, Role] = {
+    "human": "user", "user": "user", "ai": "assistant", "assistant": "assistant", "tool": "tool", "function": "tool",
+    "system": "system", "developer": "system",
+}  # fmt: skip
+TEXTS = {"text": "text", "text-plain": "text", "refusal": "refusal"}
+THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
 CALLS = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "input_json_delta", "function_call"}
+MEDIA = {
+    "image", "image_url", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media",
+}  # fmt: skip
+
+
+def role_of(message: BaseMessage) -> Role:
+    """Who speaks; a kind that is not known is the user's."""
+    told = getattr(message, "role", None) or message.type.removesuffix("MessageChunk").lower()
+    return ROLES.get(str(told), "user")
 
 
 def text_of(message: BaseMessage) -> str:
-    """The words of a message; what is no text stands as ``[image]``, what cannot be stored as U+FFFD."""
-    words = str(message.text)
-    media = [f"[{kind}]" for kind in _media(message)]
-    told = "\n".join([words, *media] if words.strip() else media or [words])
-    return told.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    """The words of a message; an image or the like stands as ``[image]``, a tool's other results as their JSON.
+
+    What cannot be stored stands as U+FFFD.
+    """
+    if isinstance(message.content, str):
+        return _mended(message.content)
+    told = []
+    for block in message.content:
+        kind = _kind(block)
+        if isinstance(block, str):
+            told.append(block)
+        elif kind in TEXTS or (not kind and "text" in block):
+            told.append(str(block.get(TEXTS.get(kind, "text"), "")))
+        elif kind in MEDIA:
+            told.append(f"[{kind.removeprefix('input_').removesuffix('_url')}]")
+        elif kind and kind not in THOUGHTS | CALLS and role_of(message) == "tool":
+            told.append(_json(block))
+    return _mended("\n".join(told))
 
 
 def n_media(messages: Iterable[BaseMessage]) -> int:
     """How many images, files and the like there are in messages."""
-    return sum(len(_media(message)) for message in messages)
-
-
-def _media(message: BaseMessage) -> list[str]:
-    if isinstance(message.content, str):
-        return []
-    kinds = [block.get("type", "") for block in message.content if isinstance(block, dict)]
-    return [kind.removesuffix("_url") for kind in kinds if kind not in SPOKEN | CALLS]
+    return sum(_kind(block) in MEDIA for message in messages for block in _blocks(message))
 
 
 def as_counted(message: BaseMessage) -> Message:
-    """A message as its tokens are counted: tool calls as their JSON, as it is nearly what a model is shown."""
+    """A message as its tokens are counted: what is no text, but for images and the like, as its JSON.
+
+    That is nearly what a model is shown, and rather more than less.
+    """
     text = text_of(message)
-    calls = getattr(message, "tool_calls", None)
-    if calls:
-        text += "\n" + json.dumps([{**call} for call in calls], ensure_ascii=False, default=str)
-    role = "system" if message.type == "system" else ROLES.get(message.type, "user")
-    return {"role": role, "content": text}
+    others = [
+        block
+        for block in _blocks(message)
+        if not isinstance(block, str) and _kind(block) not in TEXTS.keys() | MEDIA | CALLS and "text" not in block
+    ]
+    calls = [{**call} for call in (*_calls(message), *getattr(message, "invalid_tool_calls", ()))]
+    if others or calls:
+        text += "\n" + _json([*others, *calls])
+    return {"role": role_of(message), "content": text}
 
 
 def schemas_of(tools: Iterable[Any]) -> list[dict[str, Any]]:
@@ -69,21 +99,19 @@ def schemas_of(tools: Iterable[Any]) -> list[dict[str, Any]]:
 
 def query_at(messages: Sequence[BaseMessage]) -> int | None:
     """Where the last message stands that the user wrote; a summary of the conversation is none."""
-    asked = [n for n, message in enumerate(messages) if message.type == "human" and not _is_summary(message)]
+    asked = [n for n, message in enumerate(messages) if role_of(message) == "user" and not _is_summary(message)]
     return asked[-1] if asked else None
 
 
-def turn_of(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
-    """The messages of the turn that is going on: from what the user wrote last.
+def words_since(messages: Sequence[BaseMessage]) -> int:
+    """Where the turn begins that is going on: with what the user wrote last, all of it.
 
     Where that was summarised away with the turns before it, everything that is left is of this turn.
     """
-    start = query_at(messages)
-    if start is None:
-        return list(messages)
-    while start and messages[start - 1].type == "human":  # several at once, or asked again after a failure
-        start -= 1
-    return list(messages[start:])
+    start = query_at(messages) or 0
+    while start and role_of(messages[start - 1]) == "user" and not _is_summary(messages[start - 1]):
+        start -= 1  # several at once, or asked again after a failure
+    return start
 
 
 def _is_summary(message: BaseMessage) -> bool:
@@ -97,56 +125,52 @@ def key_of(message: BaseMessage, session: str) -> str | None:
     """
     if not message.id:
         return None
-    digest = hashlib.sha256(_told(message, ()).encode()).hexdigest()[:16]
-    return f"message:{session}:{message.id}:{digest}"
+    digest = hashlib.sha256(_said(message, ()).encode()).hexdigest()[:16]
+    return _mended(f"message:{session}:{message.id}:{digest}")
 
 
-def as_segments(messages: Iterable[BaseMessage], session: str, *, unrecorded: Collection[str] = ()) -> list[NewSegment]:
-    """Messages as turns to store: what was said, tool calls and their results.
+def as_segments(
+    messages: Sequence[BaseMessage], session: str, *, unrecorded: Collection[str] = ()
+) -> list[tuple[BaseMessage, NewSegment]]:
+    """Messages that are to be stored, as turns: what was said, tool calls and their results.
 
-    System prompts, summaries and empty messages are left out.
+    System prompts, summaries and empty messages are left out, and so is what memory's own tools answered.
 
-    :param unrecorded: names of tools whose calls and results are left out: what they say comes from memory.
+    :param unrecorded: names of other tools whose calls and results are left out.
     """
+    ours = {
+        getattr(message, "tool_call_id", None) for message in messages if getattr(message, "artifact", None) == MARK
+    }
+    ours |= {call["id"] for message in messages for call in _calls(message) if call["name"] in unrecorded}
     new = []
     for message in messages:
-        role = ROLES.get(message.type)
-        if role is None or _is_summary(message) or (role == "tool" and message.name in unrecorded):
+        role = role_of(message)
+        if role == "system" or _is_summary(message):
             continue
-        text = _told(message, unrecorded)
-        if not text.strip():
+        if role == "tool" and (getattr(message, "tool_call_id", None) in ours or message.name in unrecorded):
             continue
-        new.append(
-            NewSegment(
-                text,
-                session,
-                role=role,
-                speaker=message.name or None,
-                metadata=_metadata(message, unrecorded),
-                key=key_of(message, session),
+        text = _said(message, ours)
+        if text.strip():
+            speaker = _mended(message.name) if message.name else None
+            metadata = _metadata(message, ours)
+            segment = NewSegment(
+                text, session, role=role, speaker=speaker, metadata=metadata, key=key_of(message, session)
             )
-        )
+            new.append((message, segment))
     return new
 
 
-def _told(message: BaseMessage, unrecorded: Collection[str]) -> str:
-    calls = [f"{call['name']}({_arguments(call)})" for call in _calls(message, unrecorded)]
+def _said(message: BaseMessage, ours: Collection[str | None]) -> str:
+    """What is stored of a message: its words, and its tool calls but for those with these ids."""
+    calls = [f"{call['name']}({_json(call['args'])})" for call in _calls(message) if call["id"] not in ours]
+    calls += [f"{call['name']}({call['args']})" for call in getattr(message, "invalid_tool_calls", ())]
     text = text_of(message)
-    return "\n".join([text, *calls] if text.strip() else calls)
+    return _mended("\n".join([text, *calls] if text.strip() else calls or [text]))
 
 
-def _calls(message: BaseMessage, unrecorded: Collection[str]) -> list[Any]:
-    return [call for call in getattr(message, "tool_calls", None) or [] if call["name"] not in unrecorded]
-
-
-def _arguments(call: Mapping[str, Any]) -> str:
-    told = json.dumps(call["args"], ensure_ascii=False, default=str)
-    return told.replace("\\u0000", "\ufffd").encode("utf-8", "replace").decode()
-
-
-def _metadata(message: BaseMessage, unrecorded: Collection[str]) -> dict[str, Any]:
+def _metadata(message: BaseMessage, ours: Collection[str | None]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if calls := _calls(message, unrecorded):
+    if calls := [call for call in _calls(message) if call["id"] not in ours]:
         found["tool_calls"] = [{"name": call["name"], "id": call["id"]} for call in calls]
     for name in ("tool_call_id", "status"):
         if value := getattr(message, name, None):
@@ -160,3 +184,24 @@ def with_memory(message: BaseMessage, memory: str) -> BaseMessage:
     if isinstance(content, str):
         return message.model_copy(update={"content": f"{memory}\n\n{content}"})
     return message.model_copy(update={"content": [{"type": "text", "text": f"{memory}\n\n"}, *content]})
+
+
+def _blocks(message: BaseMessage) -> list[Any]:
+    return [] if isinstance(message.content, str) else list(message.content)
+
+
+def _kind(block: Any) -> str:
+    return "" if isinstance(block, str) else str(block.get("type") or "")
+
+
+def _calls(message: BaseMessage) -> list[Any]:
+    return list(getattr(message, "tool_calls", None) or ())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\\u0000", "\ufffd")
+
+
+def _mended(text: str) -> str:
+    """Text that can be stored."""
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()

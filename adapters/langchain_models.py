@@ -9,19 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memory_os.adapters.tokenizers import counter_for, end_before, end_within
-from memory_os.errors import CapabilityError, ConfigError, LLMError, MissingExtraError
+from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, LLMError, MissingExtraError
 from memory_os.types import Message
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel
     from langchain_core.messages import BaseMessage
+    from langchain_core.runnables import RunnableConfig
 
     from memory_os.protocols import Matrix, TokenCounter, Vector
 
-__all__ = ["DEFAULT_CONTEXT_WINDOW", "LIMITS", "LangChainEmbedder", "LangChainLLM"]
+__all__ = ["DEFAULT_CONTEXT_WINDOW", "LIMITS", "QUIET", "LangChainEmbedder", "LangChainLLM"]
 
 DEFAULT_CONTEXT_WINDOW = 8192
+
+QUIET: RunnableConfig = {"callbacks": []}
+"""For calls inside of another: who listens to that one must not hear what a controller asks, nor each token twice."""
 
 # what LangChain's integrations call the limit of the reply, and what tells one of their embeddings from another
 LIMITS = ("max_tokens", "max_output_tokens", "num_predict", "max_new_tokens", "max_completion_tokens")
@@ -52,14 +56,13 @@ class LangChainLLM:
         model_name = getattr(model, "model_name", None) or getattr(model, "model", None)
         self.model = model
         self.name: str = name or (model_name if isinstance(model_name, str) else type(model).__name__)
-        self.counter: TokenCounter = (
-            tokenizer
-            or getattr(model, "token_counter", None)
-            or counter_for(model_name if isinstance(model_name, str) else self.name)
-        )
+        own = tokenizer or getattr(model, "token_counter", None)  # ChatLLM has one
+        self.counts_by_name = own is None
+        self.counter: TokenCounter = own or counter_for(model_name if isinstance(model_name, str) else self.name)
         notes = []
         profile = getattr(model, "profile", None) or {}
-        if context_window is None and "max_input_tokens" not in profile:
+        self.window_is_assumed = context_window is None and not profile.get("max_input_tokens")
+        if self.window_is_assumed:
             notes.append(f"the context window of {self.name} is not known; {DEFAULT_CONTEXT_WINDOW} tokens are assumed")
         if not self.counter.exact:
             notes.append(f"tokens of {self.name} are counted approximately, by {self.counter.name}")
@@ -112,7 +115,7 @@ class LangChainLLM:
         model, _ = _limited(self.model, max_tokens)
         try:
             held = model.with_structured_output(dict(schema), include_raw=True)
-            told: Any = held.invoke([_to_langchain(message) for message in messages])
+            told: Any = held.invoke([_to_langchain(message) for message in messages], QUIET)
         except Exception as error:
             raise CapabilityError("alr2", "structured output", "a LangChain model with tools or JSON mode") from error
         if told["parsed"] is not None:
@@ -126,7 +129,7 @@ class LangChainLLM:
     ) -> Generator[str, None, None]:
         chunks = None
         try:
-            chunks = model.stream([_to_langchain(message) for message in messages], stop=list(stop) or None)
+            chunks = model.stream([_to_langchain(message) for message in messages], QUIET, stop=list(stop) or None)
             for chunk in chunks:
                 if text := str(chunk.text):
                     yield text
@@ -158,7 +161,8 @@ class LangChainEmbedder:
         :raises ConfigError: if the provider is unknown, its package missing, or its settings refused.
         """
         made: Embeddings = _made("embedder", "langchain.embeddings", "init_embeddings", model, settings)
-        return cls(made, name=model)
+        told = f"{model} {json.dumps(settings, sort_keys=True, default=repr)}" if settings else model
+        return cls(made, name=told)
 
     @property
     def dimension(self) -> int:
@@ -173,8 +177,7 @@ class LangChainEmbedder:
 
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        vectors = np.asarray(self.embeddings.embed_documents(list(texts)), dtype=np.float32)
-        self._dimension = vectors.shape[1]
+        vectors = self._checked(self.embeddings.embed_documents(list(texts)), len(texts))
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         lengths[lengths == 0.0] = 1.0
         unit: Matrix = vectors / lengths
@@ -184,10 +187,26 @@ class LangChainEmbedder:
         """The unit vector of a question."""
         import numpy as np
 
-        vector = np.asarray(self.embeddings.embed_query(text), dtype=np.float32)
-        self._dimension = len(vector)
+        [vector] = self._checked([self.embeddings.embed_query(text)], 1)
         unit: Vector = vector / (np.linalg.norm(vector) or 1.0)
         return unit
+
+    def _checked(self, numbers: Any, n: int) -> Matrix:
+        """What the model gave, as ``[n, dimension]``.
+
+        :raises InvalidInputError: if it cannot be that.
+        """
+        import numpy as np
+
+        try:
+            vectors = np.asarray(numbers, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"the embeddings {self.fingerprint} gave no vectors: {error}") from error
+        if vectors.ndim != 2 or len(vectors) != n or not vectors.shape[1] or not np.isfinite(vectors).all():
+            shape = f"the shape {vectors.shape}"
+            raise InvalidInputError(f"the embeddings {self.fingerprint} gave no {n} vectors of finite numbers: {shape}")
+        self._dimension = vectors.shape[1]
+        return vectors
 
 
 def _made(what: str, home: str, maker: str, model: str, settings: Mapping[str, Any]) -> Any:

@@ -7,13 +7,12 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from memory_os.adapters.configurable import labels_of, opened
+from memory_os.adapters.configurable import labels_of, memory_of, pinned
 from memory_os.aio import AsyncMemory
 from memory_os.errors import ConfigError, MissingExtraError
 from memory_os.items import Items, checked_change, is_ttl
 from memory_os.memory import Memory
 from memory_os.protocols import Item, ItemChange
-from memory_os.types import as_namespace
 
 try:
     from langgraph.store.base import (
@@ -76,8 +75,8 @@ class MemoryStore(BaseStore):
         index: Mapping[str, Any] | Literal[False] | None = None,
         ttl: Mapping[str, Any] | None = None,
     ) -> None:
-        self._memory = opened(memory)
-        self._namespace = None if namespace is None else as_namespace(namespace)
+        self._memory = memory_of(memory)
+        self._namespace = pinned(namespace)
         self._fields = None if index is False else _tokenized(_fields_of(index or {}))
         self.ttl_config = None if ttl is None else _ttl_config(ttl)
 

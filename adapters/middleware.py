@@ -10,20 +10,23 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from memory_os.adapters.langchain_messages import schemas_of, turn_of
+from langchain_core.messages import SystemMessage
+
+from memory_os.adapters.langchain_messages import schemas_of
 from memory_os.adapters.remembering import Remembering
-from memory_os.adapters.tools import TOOLS, memory_tools
+from memory_os.adapters.tools import memory_tools
 from memory_os.errors import MissingExtraError
 from memory_os.protocols import TokenCounter
 
 try:
     from langchain.agents.middleware import AgentMiddleware
+    from langchain.agents.structured_output import AutoStrategy, ProviderStrategy, ToolStrategy
 except ImportError as error:
     raise MissingExtraError("MemoryMiddleware", "langchain", "langchain") from error
 
 if TYPE_CHECKING:
     from langchain.agents.middleware import AgentState, ModelRequest, ModelResponse
-    from langchain_core.messages import AnyMessage, SystemMessage
+    from langchain_core.messages import AnyMessage
     from langgraph.runtime import Runtime
 
     from memory_os.aio import AsyncMemory
@@ -35,9 +38,10 @@ __all__ = ["MemoryMiddleware"]
 class MemoryMiddleware(AgentMiddleware):
     """What an agent was told in one thread is there in every other of the same namespace.
 
-    Turns are stored before the model is called, and whole, with tool calls and their results, in ``after_agent``.
-    ``memory.namespace(...).why()`` tells what the last one was shown and why. Put it after middleware that redacts what
-    is said, so that it stores what they leave.
+    What the user wrote is stored before the model is called, and the whole turn, with tool calls and their results, in
+    ``after_agent``: from the agent's state, so as other middleware has redacted it there. What the model was shown,
+    and why, ``memory.namespace(...).why()`` tells. Put it last, so that it sees the request as it will be sent: after
+    ``dynamic_prompt``, and after middleware that falls back to a model with a smaller window.
 
     :param memory: what ``Memory.open`` or ``AsyncMemory.open`` gives.
     :param namespace: labels; without it each run names its own: ``config={"configurable": {"namespace": (...)}}``.
@@ -76,8 +80,16 @@ class MemoryMiddleware(AgentMiddleware):
             context_window=context_window,
             tokenizer=tokenizer,
             reply_tokens=reply_tokens,
-            unrecorded={*unrecorded, *(TOOLS if tools else ())},
+            unrecorded={*unrecorded, *tools},
         )
+
+    def before_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> None:
+        """Tell what is new of the state's messages."""
+        self._remembering.begin(self._remembering.scope(), state["messages"])
+
+    async def abefore_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> None:
+        """Tell what is new of the state's messages."""
+        await asyncio.to_thread(self.before_agent, state, runtime)
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -94,7 +106,8 @@ class MemoryMiddleware(AgentMiddleware):
     def after_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> None:
         """Store the turn."""
         scope = self._remembering.scope()
-        self._remembering.answered(scope, self._remembering.record(scope, turn_of(state["messages"])))
+        self._remembering.record(scope, state["messages"])
+        self._remembering.answered(scope)
 
     async def aafter_agent(self, state: AgentState[Any], runtime: Runtime[Any]) -> None:
         """Store the turn."""
@@ -103,39 +116,37 @@ class MemoryMiddleware(AgentMiddleware):
     def _with_memory(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         scope = self._remembering.scope()
         # the state, and not the request: what other middleware put in there for this call was not said
-        turn = self._remembering.record(scope, turn_of(request.state["messages"]))
-        asked = next((segment for segment in reversed(turn) if segment.role == "user"), None)
+        self._remembering.record(scope, request.state["messages"])
+        schemas = [*schemas_of(request.tools), *_schemas_of_reply(request.response_format)]
         recalled = self._remembering.recall(
-            scope,
-            request.model,
-            request.system_prompt or "",
-            request.messages,
-            [*schemas_of(request.tools), *_schemas_of_reply(request.response_format)],
-            asked,
+            scope, request.model, request.system_prompt or "", request.messages, schemas, request.model_settings
         )
         if recalled is None:
             return request
         messages = cast("list[AnyMessage]", recalled.messages)
-        if recalled.system == (request.system_prompt or ""):
+        if not recalled.instruction:
             return request.override(messages=messages)
-        return request.override(messages=messages, system_message=_extended(request.system_message, recalled.system))
+        system = _extended(request.system_message, recalled.instruction)
+        return request.override(messages=messages, system_message=system)
 
 
 def _schemas_of_reply(response_format: Any) -> list[dict[str, Any]]:
     """The schemas that a structured reply is held to; they are sent along as tools are."""
     if response_format is None:
         return []
-    specs = getattr(response_format, "schema_specs", None) or [getattr(response_format, "schema_spec", None)]
-    if told := [{"schema": spec.json_schema} for spec in specs if spec is not None]:
-        return told
-    return schemas_of([getattr(response_format, "schema", response_format)])
+    if isinstance(response_format, ProviderStrategy):
+        return [response_format.schema_spec.json_schema]
+    if not isinstance(response_format, ToolStrategy):
+        schema = response_format.schema if isinstance(response_format, AutoStrategy) else response_format
+        response_format = ToolStrategy(schema)
+    return [spec.json_schema for spec in response_format.schema_specs]
 
 
-def _extended(message: SystemMessage | None, whole: str) -> SystemMessage:
+def _extended(message: SystemMessage | None, instruction: str) -> SystemMessage:
     """The system prompt with what the controller adds to it; the blocks of the caller's own stay as they are."""
-    from langchain_core.messages import SystemMessage
-
-    if message is None or isinstance(message.content, str):
-        return SystemMessage(content=whole)
-    added = whole.removeprefix(str(message.text))
-    return message.model_copy(update={"content": [*message.content, {"type": "text", "text": added}]})
+    if message is None:
+        return SystemMessage(content=instruction)
+    if isinstance(message.content, str):
+        return message.model_copy(update={"content": f"{message.content}\n\n{instruction}".strip()})
+    added = {"type": "text", "text": f"\n\n{instruction}"}
+    return message.model_copy(update={"content": [*message.content, added]})

@@ -2,30 +2,32 @@
 
 Memory stands before the words that the user wrote last, in a copy: nothing that is put in is ever part of the
 conversation, nor stored again. What is before it in the prompt stays as it is, so that prefix caches survive, and
-within one turn the same memory is shown however often the model is called.
+within one turn the same memory is shown however often the model is called, unless some of it is forgotten meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memory_os.adapters.configurable import labels_of, opened, session_of
+from memory_os.adapters.configurable import labels_of, memory_of, pinned, session_of
 from memory_os.adapters.langchain_messages import (
     as_counted,
     as_segments,
     key_of,
     n_media,
     query_at,
+    role_of,
     text_of,
     with_memory,
+    words_since,
 )
 from memory_os.adapters.langchain_models import LIMITS, LangChainLLM
 from memory_os.adapters.tokenizers import counter_for
 from memory_os.echo import derived
-from memory_os.errors import BudgetError, ConfigError
+from memory_os.errors import BudgetError, ConfigError, UnknownNameError
 from memory_os.memory import DEFAULT_SESSION, Memory, Scope
 from memory_os.protocols import CachingLLM, TokenCounter
 from memory_os.types import Context, Conversation, Message, Namespace, NewSegment, Segment
@@ -42,28 +44,41 @@ MEDIA_TOKENS = 1600
 """What an image or a file in a request is taken to cost: about the most that providers count for an image."""
 LOOKS_BACK = 12
 """So many of the session's latest segments may be what a reply repeats, besides what was recalled."""
-MAX_TURNS = 256
-"""So many turns may be going on at once, in one process, before the memory of the oldest is chosen anew."""
+MAX_THREADS = 256
+"""Of so many conversations at once one process knows what it has stored; of others it looks into the records."""
 
 
 class Chosen(NamedTuple):
     """What memory holds for a turn.
 
-    :param system: the system prompt, with what the controller adds to it.
+    :param instruction: what the controller adds to the system prompt.
     """
 
     context: Context
-    system: str
+    instruction: str
 
 
 class Recalled(NamedTuple):
     """A request's messages with memory in them.
 
-    :param system: the system prompt, with what the controller adds to it.
+    :param instruction: what the controller adds to the system prompt.
     """
 
     messages: list[BaseMessage]
-    system: str
+    instruction: str
+
+
+@dataclass
+class Thread:
+    """What one process knows of a conversation.
+
+    :param seen: keys of the messages that were dealt with: stored, or not to be stored.
+    :param asked: the stored segment of what the user wrote last.
+    """
+
+    seen: set[str] = field(default_factory=set)
+    asked: Segment | None = None
+    chosen: Chosen | None = None
 
 
 class Remembering:
@@ -89,64 +104,130 @@ class Remembering:
         reply_tokens: int | None,
         unrecorded: Collection[str] = (),
     ) -> None:
-        self.memory = opened(memory)
+        self.memory = memory_of(memory)
         controller = self.memory.parts.controller
         if CachingLLM in controller.needs:
             raise ConfigError(
                 f"controller {controller.name!r} gives a local model keys and values, and a chat model reads text; "
                 'open the memory with another, such as controller="auto"'
             )
-        for name, value in (("memory_tokens", memory_tokens), ("reply_tokens", reply_tokens)):
+        limits = {"memory_tokens": memory_tokens, "reply_tokens": reply_tokens, "context_window": context_window}
+        for name, value in limits.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        if namespace is not None:
-            labels_of(namespace)  # a wrong one is refused here, and not in the first turn
-        self._namespace, self._session = namespace, session
+        self._namespace, self._session = pinned(namespace), session
         self._memory_tokens = memory_tokens or self.memory.parts.options.budget
         self._context_window, self._reply_tokens = context_window, reply_tokens
         self._counter = counter_for(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self._unrecorded = frozenset(unrecorded)
         self._counting: dict[str, Memory] = {}
-        self._turns: OrderedDict[tuple[Namespace, str | None, str], Chosen] = OrderedDict()
+        self._threads: OrderedDict[tuple[Namespace, str], Thread] = OrderedDict()
 
-    def scope(self) -> Scope:
-        """Namespace and session of the run that this is called from.
+    def scope(self, where: tuple[Namespace, str] | None = None) -> Scope:
+        """The namespace and session of the run that this is called from, or those that the call has named.
 
         :raises NamespaceError: if neither the constructor nor the run's configuration names a namespace.
         """
-        scope = self.memory.namespace(*labels_of(self._namespace))
-        return scope.session(session_of(self._session) or DEFAULT_SESSION)
+        labels, session = where or (labels_of(self._namespace), session_of(self._session) or DEFAULT_SESSION)
+        return self.memory.namespace(*labels).session(session)
 
     # -- record ----------------------------------------------------------------------------------------------------
 
-    def record(self, scope: Scope, messages: Sequence[BaseMessage], outcome: str | None = None) -> list[Segment]:
-        """Store the messages that are not stored yet; durable when it returns. Gives back the segments of all.
+    def begin(self, scope: Scope, messages: Sequence[BaseMessage]) -> None:
+        """A run begins with these messages: what the user wrote last is new, and what came before it is not.
 
-        :param outcome: what is to be known of them, such as that they were interrupted.
+        But for what this process has not dealt with yet, as the run before was interrupted.
         """
-        new = as_segments(messages, scope.session_name or DEFAULT_SESSION, unrecorded=self._unrecorded)
-        new = self._marked(scope, new)
+        start = words_since(messages)
+        seen = _keys(messages[:start], scope)
+        known = self._threads.get(_where(scope))
+        if known and known.seen & seen:
+            told = set(self._recent(scope, messages))
+            left = [m for m, item in self._new(messages[:start], scope) if (item.role, item.text) not in told]
+            seen -= _keys(left, scope) - known.seen
+        if known:  # asked again after a failure: what was asked first is stored, or forgotten
+            seen |= known.seen & _keys(messages[start:-1], scope)
+        self._keep(scope, Thread(seen))
+
+    def record(self, scope: Scope, messages: Sequence[BaseMessage]) -> None:
+        """Store the messages of a state that are not dealt with yet; durable when it returns.
+
+        Vectors are left for the next recall: an embedder that fails must not take the reply from who waits for it.
+        """
+        thread = self._threads.get(_where(scope))
+        if thread is None:  # another process began this run
+            thread = Thread(_keys(messages[: words_since(messages)], scope))
+        new = [(message, item) for message, item in self._new(messages, scope) if item.key not in thread.seen]
+        stored = self._store(scope, new)
+        thread.seen |= _keys(messages, scope)
+        asked = next((segment for segment in reversed(stored) if segment.role == "user"), None)
+        if asked:
+            thread.asked, thread.chosen = asked, None
+        self._keep(scope, thread)
+
+    def record_call(self, scope: Scope, messages: Sequence[BaseMessage]) -> None:
+        """Store what is new in a call of a model that is sent the whole conversation: what follows its last reply.
+
+        A reply that the model is to go on with is not its last. What stands at the session's end already, without a
+        reply, was asked before and failed.
+        """
+        end = len(messages)
+        while end and role_of(messages[end - 1]) == "assistant":
+            end -= 1
+        replies = [n for n, message in enumerate(messages[:end]) if role_of(message) == "assistant"]
+        new = self._new(messages[replies[-1] + 1 if replies else 0 : end], scope)
+        last = scope.history(len(new))
+        again = bool(new) and [(s.role, s.text) for s in last] == [(item.role, item.text) for _, item in new]
+        stored = last if again else self._store(scope, new)
+        asked = next((segment for segment in reversed(stored) if segment.role == "user"), None)
+        at = query_at(messages)
+        if asked is None and at is not None:  # asked in an earlier call of this turn
+            asked = next(iter(self._recent(scope, messages[at : at + 1]).values()), None)
+        thread = self._threads.get(_where(scope)) or Thread()
+        if asked is None or thread.asked is None or asked.id != thread.asked.id:
+            thread = Thread(asked=asked)
+        self._keep(scope, thread)
+
+    def record_reply(self, scope: Scope, reply: BaseMessage, outcome: str | None = None) -> None:
+        """Store a reply.
+
+        :param outcome: what is to be known of it, such as that it was interrupted.
+        """
+        new = self._new([reply], scope)
         if outcome:
-            new = [replace(item, metadata={**item.metadata, "outcome": outcome}) for item in new]
-        stored = scope.add_many(new)
-        by_key = {segment.key: segment for segment in stored if segment.key}
-        by_key |= scope.lookup(item.key for item in new if item.key and item.key not in by_key)
+            new = [(m, replace(item, metadata={**item.metadata, "outcome": outcome})) for m, item in new]
+        self._store(scope, new)
+        self.answered(scope)
+
+    def _new(self, messages: Sequence[BaseMessage], scope: Scope) -> list[tuple[BaseMessage, NewSegment]]:
+        return as_segments(messages, scope.session_name or DEFAULT_SESSION, unrecorded=self._unrecorded)
+
+    def _store(self, scope: Scope, new: Sequence[tuple[BaseMessage, NewSegment]]) -> list[Segment]:
+        known = scope.lookup(item.key for _, item in new if item.key)
+        items = []
+        answered = False
+        for message, item in reversed(new):
+            there = known.get(item.key or "")
+            if there and role_of(message) == "user" and not answered and self._was_answered(scope, there):
+                item = replace(item, key=f"{item.key}:{scope.history(1)[0].seq}")  # an id that is used again
+            answered = answered or item.role == "assistant"
+            items.append(item)
+        items = self._marked(scope, items[::-1])
+        stored = scope.add_many(items, embed=False)
+        by_key = known | {segment.key: segment for segment in stored if segment.key}
         without = iter([segment for segment in stored if not segment.key])
-        found = [by_key.get(item.key) if item.key else next(without) for item in new]
+        found = [by_key.get(item.key) if item.key else next(without) for item in items]
         return [segment for segment in found if segment]  # one may have been forgotten a moment ago
 
     def _marked(self, scope: Scope, new: Sequence[NewSegment]) -> list[NewSegment]:
-        """The segments, replies with what they repeat of the memory that was put into the turns going on."""
-        going_on = {where: chosen for where, chosen in self._turns.items() if where[:2] == _place(scope)}
-        if not going_on or all(item.role != "assistant" for item in new):
+        """The segments, replies with what they repeat of the memory that was put into the turn."""
+        thread = self._threads.get(_where(scope))
+        if thread is None or thread.chosen is None or all(item.role != "assistant" for item in new):
             return list(new)
-        asked = {query for _, _, query in going_on}
-        shown = [
-            each
-            for chosen in going_on.values()
-            for each in zip(chosen.context.segments, chosen.context.shown, strict=True)
-        ]
-        shown += [(segment, segment.text) for segment in scope.history(LOOKS_BACK) if segment.id not in asked]
+        context, asked = thread.chosen.context, thread.asked
+        shown = [*zip(context.segments, context.shown, strict=True)]
+        recent = scope.history(LOOKS_BACK)
+        shown += [(segment, segment.text) for segment in recent if asked is None or segment.id != asked.id]
         stored = self.memory.parts.store.redacted  # the marks are of the text as it is stored
         return [
             replace(item, metadata={**item.metadata, **derived(stored(item.text), shown)})
@@ -155,14 +236,35 @@ class Remembering:
             for item in new
         ]
 
-    def answered(self, scope: Scope, turn: Sequence[Segment]) -> None:
+    @staticmethod
+    def _was_answered(scope: Scope, segment: Segment) -> bool:
+        """Whether the session goes on after it: then it belongs to another turn."""
+        return any(later.seq > segment.seq and later.role == "assistant" for later in scope.history(8))
+
+    def answered(self, scope: Scope) -> None:
         """Note in the turn's trace which segment was the reply."""
-        query = next((segment for segment in reversed(turn) if segment.role == "user"), None)
-        if query is None:
+        thread = self._threads.get(_where(scope))
+        if thread is None or thread.asked is None or thread.chosen is None:
             return
-        chosen = self._turns.pop((*_place(scope), query.id), None)
-        if chosen and turn[-1].role == "assistant":
-            scope.answered(chosen.context.trace.id, turn[-1].id)
+        asked = thread.asked
+        said = [s for s in scope.history(64) if s.seq > asked.seq and s.role == "assistant"]
+        if said:
+            try:
+                scope.answered(thread.chosen.context.trace.id, said[-1].id)
+            except UnknownNameError:  # forgotten a moment ago
+                return
+
+    def _keep(self, scope: Scope, thread: Thread) -> None:
+        self._threads[_where(scope)] = thread
+        self._threads.move_to_end(_where(scope))
+        while len(self._threads) > MAX_THREADS:
+            self._threads.popitem(last=False)
+
+    def _recent(self, scope: Scope, messages: Sequence[BaseMessage]) -> dict[tuple[str, str], Segment]:
+        """The session's segments that these messages are, as far as their words tell: callers hardly ever give ids."""
+        said = {(item.role, item.text) for _, item in self._new(messages, scope)}
+        recent = scope.history(2 * len(messages) + 2)
+        return {told: segment for segment in recent if (told := (segment.role, segment.text)) in said}
 
     # -- recall ----------------------------------------------------------------------------------------------------
 
@@ -172,45 +274,45 @@ class Remembering:
         model: BaseChatModel,
         system: str,
         messages: Sequence[BaseMessage],
-        tools: Sequence[dict[str, Any]],
-        asked: Segment | None,
-        stored: Collection[str] = (),
+        schemas: Sequence[dict[str, Any]],
+        settings: Mapping[str, Any],
     ) -> Recalled | None:
         """The request with what memory holds for it; ``None`` where it stays as it is.
 
-        The whole of it, system prompt, tools and reply reserve included, is within the model's context window.
+        The whole of it, system prompt, schemas and reply reserve included, is within the model's context window.
 
         :param messages: without the system prompt.
-        :param tools: their schemas.
-        :param asked: the stored segment of what the user wrote last.
-        :param stored: ids or keys of segments that the messages show, besides those under the messages' own keys.
+        :param schemas: of tools and of the reply.
+        :param settings: of this call, among which may be a limit of the reply.
         """
         at = query_at(messages)
         if at is None or not (query := text_of(messages[at])).strip():
             return None
-        counting, window = self._counted(model)
-        reserve = self._reply_tokens or _own_limit(model) or self.memory.parts.options.reply_tokens
+        counting, window, assumed = self._counted(model)
+        reserve = self._reply_tokens or _own_limit(settings) or _own_limit(vars(model))
+        reserve = reserve or self.memory.parts.options.reply_tokens
+        if assumed:  # a model whose replies may be that long has a larger window
+            reserve = min(reserve, window // 2)
         limit = window - reserve - MEDIA_TOKENS * n_media(messages)
-        shown = [as_counted(message) for message in messages]
         if limit < 1:
             return None
-        where = (*_place(scope), asked.id if asked else "")
-        chosen = self._turns.get(where) if asked else None
-        if chosen is None or self._tokens(counting, chosen, shown, at, tools) > limit:
-            keys = {key for message in messages if (key := key_of(message, scope.session_name or ""))}
-            around = Conversation(system, tuple(shown[:at]), tuple(shown[at + 1 :]), frozenset(keys | set(stored)))
+        shown = [as_counted(message) for message in messages]
+        thread = self._threads.get(_where(scope)) or Thread()
+        chosen = thread.chosen
+        if chosen and not (_is_there(scope, chosen) and _tokens(counting, chosen, system, shown, at, schemas) <= limit):
+            chosen = None
+        if chosen is None:
+            stored = _keys(messages, scope) | {segment.id for segment in self._recent(scope, messages).values()}
+            around = Conversation(system, tuple(shown[:at]), tuple(shown[at + 1 :]), frozenset(stored))
             try:
-                chosen = self._chosen(counting, scope, query, limit, tools, around, asked)
+                chosen = self._chosen(counting, scope, query, limit, schemas, around, thread.asked)
             except BudgetError:  # the request alone fills the window: there is no room for memory
                 return None
-            if asked:
-                self._turns[where] = chosen
-                while len(self._turns) > MAX_TURNS:
-                    self._turns.popitem(last=False)
-        if not chosen.context.text and chosen.system == system:
+            thread.chosen = chosen
+        if not chosen.context.text and not chosen.instruction:
             return None
         with_it = with_memory(messages[at], chosen.context.text) if chosen.context.text else messages[at]
-        return Recalled([*messages[:at], with_it, *messages[at + 1 :]], chosen.system)
+        return Recalled([*messages[:at], with_it, *messages[at + 1 :]], chosen.instruction)
 
     def _chosen(
         self,
@@ -218,38 +320,62 @@ class Remembering:
         scope: Scope,
         query: str,
         limit: int,
-        tools: Sequence[dict[str, Any]],
+        schemas: Sequence[dict[str, Any]],
         around: Conversation,
         asked: Segment | None,
     ) -> Chosen:
         """What memory holds for the query."""
         asking = counting.namespace(*scope.labels).session(scope.session_name or DEFAULT_SESSION)
         context = asking.context(
-            query, budget=limit, memory_tokens=self._memory_tokens, tools=tools, conversation=around, asked=asked
+            query, budget=limit, memory_tokens=self._memory_tokens, tools=schemas, conversation=around, asked=asked
         )
         n_others = len(around.before) + 1 + len(around.after)
-        return Chosen(context, context.messages[0]["content"] if len(context.messages) > n_others else "")
+        whole = context.messages[0]["content"] if len(context.messages) > n_others else ""
+        return Chosen(context, whole.removeprefix(around.system).strip())
 
-    def _counted(self, model: BaseChatModel) -> tuple[Memory, int]:
-        """The memory with budgets in the model's own tokens, and its context window."""
+    def counter_of(self, model: BaseChatModel) -> TokenCounter:
+        """What counts for the model."""
+        return LangChainLLM(model, tokenizer=self._counter).counter
+
+    def _counted(self, model: BaseChatModel) -> tuple[Memory, int, bool]:
+        """The memory with budgets in the model's own tokens, its context window, and whether that is assumed."""
         llm = LangChainLLM(model, context_window=self._context_window, tokenizer=self._counter)
-        if llm.counter.name not in self._counting:
-            self._counting[llm.counter.name] = Memory(replace(self.memory.parts, counter=llm.counter, prices={}))
-        return self._counting[llm.counter.name], llm.context_window
-
-    @staticmethod
-    def _tokens(
-        counting: Memory, chosen: Chosen, shown: list[Message], at: int, tools: Sequence[dict[str, Any]]
-    ) -> int:
-        """Tokens of the request with the memory of an earlier call of the same turn."""
-        before: list[Message] = [{"role": "system", "content": chosen.system}] if chosen.system else []
-        query: Message = {"role": "user", "content": f"{chosen.context.text}\n\n{shown[at]['content']}"}
-        return counting.parts.counter.count_tokens([*before, *shown[:at], query, *shown[at + 1 :]], tools)
+        name = llm.counter.name if llm.counts_by_name else f"{llm.counter.name} {id(llm.counter)}"
+        if name not in self._counting:
+            self._counting[name] = Memory(replace(self.memory.parts, counter=llm.counter, prices={}))
+        return self._counting[name], llm.context_window, llm.window_is_assumed
 
 
-def _place(scope: Scope) -> tuple[Namespace, str | None]:
-    return scope.labels, scope.session_name
+def _where(scope: Scope) -> tuple[Namespace, str]:
+    return scope.labels, scope.session_name or DEFAULT_SESSION
 
 
-def _own_limit(model: BaseChatModel) -> int | None:
-    return next((value for name in LIMITS if isinstance(value := getattr(model, name, None), int)), None)
+def _keys(messages: Sequence[BaseMessage], scope: Scope) -> set[str]:
+    return {key for message in messages if (key := key_of(message, scope.session_name or DEFAULT_SESSION))}
+
+
+def _is_there(scope: Scope, chosen: Chosen) -> bool:
+    """Whether all that was chosen is still remembered."""
+    ids = [segment.id for segment in chosen.context.segments]
+    return len(scope.lookup(ids)) == len(ids)
+
+
+def _tokens(
+    counting: Memory,
+    chosen: Chosen,
+    system: str,
+    shown: list[Message],
+    at: int,
+    schemas: Sequence[dict[str, Any]],
+) -> int:
+    """Tokens of the request with the memory of an earlier call of the same turn."""
+    whole = f"{system}\n\n{chosen.instruction}".strip() if chosen.instruction else system
+    before: list[Message] = [{"role": "system", "content": whole}] if whole else []
+    query: Message = {"role": "user", "content": f"{chosen.context.text}\n\n{shown[at]['content']}"}
+    return counting.parts.counter.count_tokens([*before, *shown[:at], query, *shown[at + 1 :]], schemas)
+
+
+def _own_limit(settings: Mapping[str, Any]) -> int | None:
+    """The limit of a reply among settings; ``-1`` and the like are none."""
+    given = (settings.get(name) for name in LIMITS)
+    return next((value for value in given if type(value) is int and value > 0), None)

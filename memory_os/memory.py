@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from memory_os.derive import BATCH, deferrable
+from memory_os.derive import BATCH, catch_up, deferrable
 from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
 from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
@@ -277,10 +277,11 @@ class Scope:
         [segment] = self.add_many([new])
         return segment
 
-    def add_many(self, segments: Sequence[NewSegment], *, restore: bool = False) -> list[Segment]:
+    def add_many(self, segments: Sequence[NewSegment], *, restore: bool = False, embed: bool = True) -> list[Segment]:
         """Store several at once, in order, with their vectors; gives back those that were not stored before.
 
         :param restore: store also those whose id or key was forgotten; otherwise they are left out.
+        :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
         :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
         if self._parts.retention:
@@ -288,6 +289,8 @@ class Scope:
         check_count(len(segments))
         checked = [checked_segment(new) for new in segments]
         stored = self._parts.store.append(self.labels, checked, restore=restore)
+        if not embed:
+            return stored
         with deferrable():
             self._parts.catch_up(self.labels, stored)
         return stored
@@ -725,7 +728,7 @@ class Scope:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
         with deferrable():
-            parts.catch_up(self.labels)
+            catch_up(parts.store, parts.embedder, self.labels)  # nothing else finds what has no vector
         if isinstance(query, str):
             vector = parts.embedder.embed_query(check_text(query))
         else:

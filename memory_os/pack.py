@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from memory_os.errors import BudgetError
 from memory_os.fence import defused, inert
 from memory_os.protocols import CachingLLM, TokenCounter
+from memory_os.suspicion import flags_of
 from memory_os.types import (
     Account,
     Action,
@@ -421,4 +422,5 @@ def _entry(rank: int, candidate: Candidate, choice: Choice, kept: Kept | None, t
         contributions=candidate.contributions,
         n_tokens=kept.cost if kept else candidate.n_tokens,
         spans=choice.spans if kept else (),
+        flags=flags_of(kept.text) if kept else (),
     )

@@ -209,9 +209,7 @@ class Recall:
         rows = np.unique(np.concatenate(wanted))
         return rows[rows < n].astype(np.int64)
 
-    def _fused(
-        self, namespace: Namespace, query: str, k: int, upto: int | None
-    ) -> tuple[list[Hit], tuple[Hit, ...]]:
+    def _fused(self, namespace: Namespace, query: str, k: int, upto: int | None) -> tuple[list[Hit], tuple[Hit, ...]]:
         """``(hits, echoes)``."""
         fused = fuse(
             {

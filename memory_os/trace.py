@@ -68,6 +68,7 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
                 "form": Form(entry["form"]) if entry["form"] else None,
                 "reason": Reason(entry["reason"]),
                 "spans": tuple((start, end) for start, end in entry.get("spans", ())),
+                "flags": tuple(entry.get("flags", ())),
             }
         )
         for entry in fields["ledger"]

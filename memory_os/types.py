@@ -362,6 +362,7 @@ class LedgerEntry:
     :param rank: 1 is what the controller wanted most.
     :param n_tokens: tokens it took in the context; for a dropped one, tokens it would have taken in full.
     :param spans: what of its text entered as evidence, in characters; empty unless its form is ``quote``.
+    :param flags: what of the text that entered reads like an instruction to a model; see ``suspicion``.
     """
 
     segment_id: str
@@ -375,6 +376,7 @@ class LedgerEntry:
     n_tokens: int
     contributions: Mapping[str, float] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

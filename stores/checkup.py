@@ -226,10 +226,10 @@ def mend_deep(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
             listed = {"segment_pk": row.pk, "task": VECTOR_TASK, "namespace_id": row.namespace_id}
             connection.execute(pending.insert().prefix_with("OR IGNORE").values(listed))
         for fault in (*faults["foreign_rows"], *faults["foreign_keys"]):
-            table, _, row = fault.partition(" ")
-            if table in DERIVED and row.isdigit():
+            table, _, number = fault.partition(" ")
+            if table in DERIVED and number.isdigit():
                 column = "segment_pk" if fault in faults["foreign_rows"] else "rowid"
-                connection.exec_driver_sql(f"DELETE FROM {table} WHERE {column} = ?", (int(row),))
+                connection.exec_driver_sql(f"DELETE FROM {table} WHERE {column} = ?", (int(number),))
         wrong = list(_rows(connection, faults["wrong_lexical"]))
         fulltext.remove(connection, [row.pk for row in wrong])
         fulltext.add(connection, [(row.pk, row.namespace_id, terms_of(row.text)) for row in wrong])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from memory_os.errors import ConfigError
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class ExactIndex:
             if not n or k < 1 or table.matrix is None or table.seqs is None:
                 return []
             ids, seqs, matrix = table.ids, table.seqs[:n], table.matrix[:n]
+        if matrix.shape[1] != len(vector):
+            raise ConfigError(
+                f"the embedder gives {len(vector)} numbers, and the vectors made under its name {self._fingerprint!r} "
+                f"have {matrix.shape[1]}: another model has this name; give it one of its own, such as "
+                "LangChainEmbedder(..., name=...), and open the memory again"
+            )
         scores = matrix @ vector
         if upto is not None and upto < seqs.max():
             scores = np.where(seqs <= upto, scores, -np.inf)

@@ -17,6 +17,7 @@ import uuid_utils
 from sqlalchemy import func, select
 
 from memory_os.echo import FIELD, repeated_by
+from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
 from memory_os.protocols import Profile, State
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["SqliteStore"]
 
 SCAN_PAGE = 1000
+OTHER_LENGTH = (
+    "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
+    "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
+)
 
 # Asked in every turn, so as plain SQL: building a statement takes longer than running it.
 _LAST_VECTOR = "(SELECT max(pk) FROM vectors WHERE namespace_id = :ns AND fingerprint = :f)"
@@ -412,6 +417,8 @@ class SqliteStore:
             ).all()
         if not rows:
             return [], [], np.empty((0, 0), dtype=np.float32), after
+        if len({len(row.vector) for row in rows}) > 1:
+            raise ConfigError(OTHER_LENGTH.format(fingerprint))
         matrix = np.frombuffer(b"".join(row.vector for row in rows), dtype="<f4").reshape(len(rows), -1)
         return [row.id for row in rows], [row.seq for row in rows], matrix.astype(np.float32, copy=False), rows[-1].pk
 

@@ -1,6 +1,7 @@
 """A chat model that remembers, in place of the model itself."""
 
 import asyncio
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -8,14 +9,17 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langchain_tests.unit_tests import ChatModelUnitTests
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel, ValidationError
 
-from memory_os import ConfigError, InvalidInputError, Memory, NamespaceError
-from memory_os.adapters.langchain import ChatLLM, LangChainLLM, MemoryChatModel
+from memory_os import AsyncMemory, ConfigError, InvalidInputError, Memory, NamespaceError
+from memory_os.adapters.langchain import ChatLLM, LangChainLLM, MemoryChatModel, memory_tools
+from memory_os.adapters.langchain_messages import as_counted, as_segments
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.adapters.tokenizers import TiktokenCounter
 
@@ -305,3 +309,161 @@ def test_an_image_takes_its_share_of_the_window(remembering, memory):
         model = remembering(["ok"], context_window=1500, reply_tokens=100)
         model.invoke([HumanMessage([{"type": "text", "text": ASKED}, *[image] * n_images])])
         assert (TOLD in model.model.seen[0][0].text) is shown
+
+
+# What a reviewer found.
+
+
+def test_a_stream_of_events_goes_where_the_call_says(remembering, memory):
+    outer = RunnableLambda(
+        lambda _: "".join(
+            remembering(["ok"], namespace=None)
+            .stream_events("secret of alice", {"configurable": {"namespace": ALICE, "thread_id": "t"}}, version="v3")
+            .text
+        )
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # LangChain says that it is in beta
+        outer.invoke("x", {"configurable": {"namespace": ("acme", "bob")}})
+    assert memory.namespace("acme", "bob").history(9) == []
+    assert turns(memory, "t")[0] == ("user", "secret of alice")
+
+    async def read():
+        model = remembering(["ok"], namespace=None)
+        config = {"configurable": {"namespace": ALICE, "thread_id": "v2"}}
+        return [event["event"] async for event in model.astream_events("hello", config, version="v2")]
+
+    assert "on_chat_model_stream" in asyncio.run(read())
+    assert turns(memory, "v2")[0] == ("user", "hello")
+
+
+def test_a_copy_remembers_where_it_says(remembering, memory, tmp_path):
+    model = remembering(["a", "b"])
+    bob = model.model_copy(update={"namespace": ("acme", "bob")})
+    bob.generate([[HumanMessage("I am Bob.")]])
+    assert turns(memory) == []
+    with Memory.open(tmp_path / "other.db", embedder="hash") as other:
+        model.model_copy(update={"memory": other}).invoke("Hi.")
+        assert [s.text for s in other.namespace(*ALICE).history(9)] == ["Hi.", "b"]
+
+
+def test_models_that_do_not_stream(memory):
+    inner = FakeListChatModel(responses=["one", "two", "three"], disable_streaming=True)
+    model = MemoryChatModel(model=inner, memory=memory, namespace=ALICE)
+    assert "".join(chunk.text for chunk in model.stream("1")) == "one"
+
+    async def read():
+        return "".join([chunk.text async for chunk in model.astream("2")])
+
+    assert asyncio.run(read()) == "two"
+    assert [text for role, text in turns(memory) if role == "assistant"] == ["one", "two"]
+
+
+def test_a_question_that_is_tried_again_is_stored_once(remembering, memory):
+    retried = remembering([RuntimeError("down"), "ok"]).with_retry(wait_exponential_jitter=False)
+    assert retried.invoke(TOLD).text == "ok"
+    falling = remembering([RuntimeError("down")]).with_fallbacks([remembering(["fine"])])
+    assert falling.invoke(ASKED).text == "fine"
+    assert turns(memory) == [("user", TOLD), ("assistant", "ok"), ("user", ASKED), ("assistant", "fine")]
+
+
+def test_the_beginning_of_a_reply_is_no_reply(remembering, memory):
+    remembering(["red."]).invoke([HumanMessage("A poem about Miso."), AIMessage("Roses are")])
+    assert turns(memory)[0] == ("user", "A poem about Miso.")
+
+
+def test_a_changed_system_prompt_is_sent_and_counted(remembering, memory):
+    memory.namespace(*ALICE).session("old").add(TOLD)
+    model = remembering([AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "ok"])
+    said = [HumanMessage(ASKED)]
+    reply = model.invoke([SystemMessage("System A."), *said])
+    model.invoke([SystemMessage("System B."), *said, reply, ToolMessage("r", tool_call_id="1")])
+    assert [sent[0].text for sent in model.model.seen] == ["System A.", "System B."]
+    assert TOLD in model.model.seen[1][1].text
+
+
+CONTENTS = [
+    (HumanMessage([{"type": "text-plain", "text": "five years"}]), "five years"),
+    (HumanMessage(["a", {"type": "text", "text": "b"}]), "a\nb"),
+    (HumanMessage([{"text": "bedrock"}, {"cachePoint": {"type": "default"}}]), "bedrock"),
+    (HumanMessage([{"type": None, "text": "none"}]), "none"),
+    (HumanMessage([{"type": "input_audio", "input_audio": {}}]), "[audio]"),
+    (ChatMessage("by role", role="user"), "by role"),
+]
+
+
+@pytest.mark.parametrize(("message", "stored"), CONTENTS)
+def test_every_kind_of_content_is_stored(remembering, memory, message, stored):
+    model = remembering(["ok"])
+    model.invoke([message])
+    assert turns(memory) == [("user", stored), ("assistant", "ok")]
+
+
+def test_every_kind_of_reply_is_stored(remembering, memory):
+    broken = [{"name": "pay", "args": '{"eur": 1', "id": "1", "error": "cut off", "type": "invalid_tool_call"}]
+    thought = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "Yes."}]
+    refused = AIMessage([{"type": "refusal", "refusal": "No."}])
+    for reply in (refused, AIMessage("", invalid_tool_calls=broken), AIMessage(thought)):
+        remembering([reply]).invoke("Pay?")
+    assert [text for role, text in turns(memory) if role == "assistant"] == ["No.", 'pay({"eur": 1)', "Yes."]
+    assert "signature" in as_counted(AIMessage(thought))["content"]
+    result = ToolMessage([{"type": "json", "json": {"a": 1}}], tool_call_id="1")
+    assert as_segments([result], "s")[0][1].text == '{"type": "json", "json": {"a": 1}}'
+
+
+def test_what_is_bound_counts(remembering, memory):
+    for n in range(60):
+        memory.namespace(*ALICE).session("old").add(f"My cat number {n} is called Miso {n}.")
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"description": "word " * 200}}}
+    counter = TiktokenCounter("gpt-4")
+    for bound, reserve, more in (({"max_tokens": 300}, 300, 0), ({"response_format": schema}, 50, 200), ({}, 50, 0)):
+        more_settings = {} if "max_tokens" in bound else {"reply_tokens": 50}
+        model = remembering(["ok"], context_window=700, tokenizer="gpt-4", memory_tokens=5000, **more_settings)
+        model.bind(**bound).invoke(ASKED)
+        used = counter.count_tokens([as_counted(message) for message in model.model.seen[0]])
+        assert 700 - reserve - more - 120 < used <= 700 - reserve - more
+
+
+def test_a_long_reply_does_not_take_the_window_of_a_model_that_is_not_known(remembering, memory, scripted_chat):
+    memory.namespace(*ALICE).session("old").add(TOLD)
+
+    class Long(scripted_chat):
+        max_tokens: int = 8192
+
+    model = MemoryChatModel(model=Long(replies=["ok"]), memory=memory, namespace=ALICE)
+    model.invoke(ASKED)
+    assert TOLD in model.model.seen[0][0].text
+
+
+def test_a_tool_of_memorys_own_is_not_stored(remembering, memory):
+    memory.namespace(*ALICE).session("old").add(TOLD)
+    [recall] = memory_tools(memory, namespace=ALICE, names=("recall",))
+    call = {"name": "recall", "args": {"query": "cat"}, "id": "1", "type": "tool_call"}
+    result = recall.invoke(call)
+    assert "Miso" in result.text
+    model = remembering([AIMessage("", tool_calls=[call]), "Miso."], unrecorded=("recall",))
+    said = [HumanMessage(ASKED)]
+    reply = model.invoke(said)
+    model.invoke([*said, reply, result])
+    assert turns(memory) == [("user", ASKED), ("assistant", "Miso.")]
+
+
+def test_an_async_stream_that_is_closed_stops_and_is_stored_before_the_memory_closes(tmp_path, scripted_chat):
+    async def use():
+        async with AsyncMemory.open(tmp_path / "memory.db", embedder="hash") as memory:
+            model = MemoryChatModel(model=scripted_chat(replies=["one two three"]), memory=memory, namespace=ALICE)
+            stream = model.astream("Count.")
+            await anext(stream)
+            await stream.aclose()
+            return [s.text for s in await memory.namespace(*ALICE).history(9)]
+
+    assert asyncio.run(use()) == ["Count.", "one "]
+
+
+def test_a_misspelt_setting_is_refused(remembering):
+    with pytest.raises(ConfigError, match="'sesion'"):
+        remembering([], sesion="x")
+
+
+def test_tokens_of_a_text_are_those_of_the_budget(remembering):
+    assert remembering([], tokenizer="gpt-4").get_num_tokens("hello there") == 2

@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from memory_os import Memory, MemoryOSError
 from memory_os.adapters.scripted import ScriptedLLM
+from memory_os.cli.main import app
 from memory_os.config import format_labels, parse_labels
 from memory_os.ingest import parse_time
 
@@ -135,3 +139,30 @@ def test_references_and_queries(memory, ref, query):
     for act in (scope.segment, scope.why, scope.sources, scope.search, scope.context):
         outcome(lambda act=act: act(ref))
     outcome(lambda: scope.session(query))
+
+
+COMMANDS = "search context why forget history stats export import ingest retain config doctor".split()
+OPTIONS = (
+    "-n --session --budget --json -k --expect --yes --after --before --query --help --repair --days --preview".split()
+)
+ODDITIES = ["cat", "12", "#3", "-1", "1e9", "nan", "", " ", "%", "..", "2026-13-01", "a\x00b", "\udc80", "a/b", "/"]
+WORDS = st.sampled_from([*COMMANDS, *OPTIONS, *ODDITIES, "'; DROP TABLE segments"])
+
+
+@settings(max_examples=80)
+@given(command=st.sampled_from(COMMANDS), words=st.lists(WORDS, max_size=5))
+def test_any_command_line_ends_in_an_answer_or_one_clear_error(command, words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    path = folder / "memory.db"
+    with Memory.open(path, embedder="hash") as memory:
+        memory.namespace("default").add("My cat is called Miso.")
+    env = {"MEMOS_STORE": str(path), "MEMOS_EMBEDDER": "hash"}
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        done = CliRunner().invoke(app, [command, *words], env=env, input="")
+    finally:
+        os.chdir(here)
+    assert done.exit_code in (0, 1, 2)
+    assert done.exception is None or isinstance(done.exception, SystemExit | MemoryOSError)  # which memos prints
+    assert "Traceback" not in done.output

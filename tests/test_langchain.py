@@ -464,3 +464,121 @@ def test_history_gives_back_what_was_said(memory):
     history.clear()
     assert history.messages == []
     assert memory.namespace(*ALICE).session("monday").history(9)  # other sessions stay
+
+
+# What a reviewer found.
+
+
+def test_texts_may_come_from_a_generator_and_lists_must_match(vectorstore):
+    assert len(vectorstore.add_texts(text for text in ["a cat", "a dog"])) == 2
+    assert len(asyncio.run(vectorstore.aadd_texts(text for text in ["a cow"]))) == 1
+    assert len(vectorstore.add_documents(Document(text) for text in ["a hen"])) == 1
+    with pytest.raises(InvalidInputError, match="1 ids for 2 documents"):
+        vectorstore.add_texts(["a", "b"], ids=["1"])
+    with pytest.raises(InvalidInputError, match="1 metadatas for 2 texts"):
+        vectorstore.add_texts(["a", "b"], metadatas=[{}])
+    assert len(vectorstore.similarity_search("x", k=9)) == 4
+
+
+def test_stores_of_two_sessions_keep_their_documents_apart(vectorstore):
+    scope = vectorstore.memory.namespace(*ALICE)
+    turn = scope.session("documents").add("said, and no document")
+    other = MemoryVectorStore(vectorstore.memory, namespace=ALICE, session="faq")
+    vectorstore.add_texts(["manual"], ids=["1"])
+    other.add_texts(["answer"], ids=["1"])
+    assert [d.page_content for d in vectorstore.get_by_ids(["1"])] == ["manual"]
+    other.delete(["1"])
+    assert [d.page_content for d in vectorstore.get_by_ids(["1"])] == ["manual"]
+    other.add_texts(["answer"], ids=["1"])
+    vectorstore.delete()
+    assert {s.text for s in scope.history(9)} == {"answer", turn.text}
+    [document] = MemoryRetriever(memory=vectorstore.memory, namespace=ALICE, k=1).invoke("answer")
+    other.delete([document.id])  # a segment's id, as the retriever gives it
+    assert [s.text for s in scope.history(9)] == [turn.text]
+    with pytest.raises(ConfigError, match=r"\['1'\]"):
+        other.delete("1")
+    with pytest.raises(ConfigError, match="filter is metadata"):
+        other.similarity_search("x", filter=5)
+
+
+def test_provenance_wins_and_what_was_stored_stands_beside_it(memory):
+    memory.namespace(*BOB).add("The warranty is two years.", metadata={"score": 5, "page": 3})
+    [document] = MemoryRetriever(memory=memory, namespace=BOB, k=1).invoke("warranty")
+    assert (document.metadata["page"], document.metadata["stored"]) == (3, {"score": 5, "page": 3})
+    assert document.metadata["score"] != 5
+
+
+def test_nearest_looks_at_everything_after_a_change_of_embedder(tmp_path):
+    with Memory.open(tmp_path / "memory.db", embedder=HashEmbedder(64)) as memory:
+        MemoryVectorStore(memory, namespace=ALICE).add_texts([f"doc number {n}" for n in range(2600)])
+    with Memory.open(tmp_path / "memory.db", embedder=HashEmbedder(4096)) as memory:
+        store = MemoryVectorStore(memory, namespace=ALICE)
+        [(found, score)] = store.similarity_search_with_score("doc number 2577", k=1)
+        assert (found.page_content, score) == ("doc number 2577", pytest.approx(1.0))
+
+
+def test_two_models_under_one_name_are_told_apart_by_an_error(tmp_path):
+    def opened(size):
+        return Memory.open(
+            tmp_path / "memory.db", embedder=LangChainEmbedder(DeterministicFakeEmbedding(size=size), name="same")
+        )
+
+    with opened(6) as memory:
+        memory.namespace(*ALICE).add("a")
+    with opened(8) as memory:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="name"):
+                memory.namespace(*ALICE).search("a")
+        memory.namespace(*ALICE).add("b")
+        memory.parts.index.drop(ALICE)
+        with pytest.raises(ConfigError, match="several lengths"):
+            memory.namespace(*ALICE).search("a")
+
+
+WRONG = ([[1.0, float("nan")]], [[1.0, 2.0]] * 2, [], [[]], [None], [["x", "y"]], [[1.0], [1.0, 2.0]])
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_vector_is_refused(tmp_path, wrong):
+    class Wrong(Embeddings):
+        def embed_documents(self, texts):
+            return wrong
+
+        def embed_query(self, text):
+            return wrong[0] if wrong else []
+
+    with pytest.raises(InvalidInputError, match="gave no"):
+        LangChainEmbedder(Wrong()).embed_documents(["a"])
+    with Memory.open(tmp_path / "memory.db", embedder=Wrong()) as memory:
+        with pytest.raises(InvalidInputError, match="gave no"):
+            memory.namespace(*ALICE).add("a")
+        assert [s.text for s in memory.namespace(*ALICE).history(9)] == ["a"]  # stored; its vector is pending
+
+
+def test_settings_of_a_named_embedder_are_part_of_its_name(monkeypatch):
+    import langchain.embeddings
+
+    monkeypatch.setattr(
+        langchain.embeddings, "init_embeddings", lambda model, **settings: DeterministicFakeEmbedding(size=4)
+    )
+    names = {LangChainEmbedder.from_string("openai:x", **more).fingerprint for more in ({}, {"dimensions": 8})}
+    assert len(names) == 2
+
+
+def test_history_never_begins_with_a_result_whose_call_is_cut_off(memory):
+    from datetime import UTC, datetime
+
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
+    history = MemoryChatHistory(memory, namespace=ALICE, session="s", n=2)
+    history.add_messages(
+        [
+            HumanMessage("q", additional_kwargs={"at": datetime.now(UTC)}),
+            AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]),
+            ToolMessage("r", tool_call_id="1"),
+            AIMessage("a"),
+        ]
+    )
+    assert [m.type for m in history.messages] == ["ai"]
+    with pytest.raises(NamespaceError):
+        MemoryChatHistory(memory, namespace="alice", session="s")

@@ -12,8 +12,10 @@ from langchain.agents.middleware import (
     HumanInTheLoopMiddleware,
     PIIMiddleware,
     SummarizationMiddleware,
+    dynamic_prompt,
+    hook_config,
 )
-from langchain.agents.structured_output import ToolStrategy
+from langchain.agents.structured_output import AutoStrategy, ToolStrategy
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
 from langgraph.checkpoint.memory import InMemorySaver
@@ -24,6 +26,7 @@ from memory_os import AsyncMemory, ConfigError, Memory, NamespaceError, ScmContr
 from memory_os.adapters.langchain import MemoryRetriever, memory_tools
 from memory_os.adapters.langchain_messages import as_counted
 from memory_os.adapters.middleware import MemoryMiddleware
+from memory_os.adapters.scripted import HashEmbedder
 from memory_os.adapters.tokenizers import TiktokenCounter
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
@@ -532,3 +535,200 @@ def test_tools_that_look_into_this_memory_need_not_be_stored(memory, scripted_ch
     )
     agent.invoke({"messages": [HumanMessage(ASKED)]}, thread("1"))
     assert turns(memory, "1") == [("user", ASKED), ("assistant", "Miso.")]
+
+
+# What a reviewer found.
+
+
+def test_what_a_controller_asks_is_not_streamed_to_the_user(tmp_path, scripted_chat):
+    inner = scripted_chat(replies=lambda messages: "HIDDEN")
+    with Memory.open(
+        tmp_path / "memory.db", llm=inner, embedder="hash", controller=ScmController(gate="llm")
+    ) as memory:
+        memory.namespace(*ALICE).session("old").add(TOLD)
+        agent = create_agent(scripted_chat(replies=["visible"]), middleware=[MemoryMiddleware(memory, namespace=ALICE)])
+        asked = {"messages": [HumanMessage(ASKED)]}
+        pieces = [piece.text for piece, _ in agent.stream(asked, thread("1"), stream_mode="messages")]
+        assert inner.seen  # it was asked
+        assert [piece.strip() for piece in pieces if piece] == ["visible"]
+
+
+def test_a_prompt_that_changes_within_a_turn_is_sent_as_it_is(memory, scripted_chat):
+    memory.namespace(*ALICE).session("old").add("I ask for the weather in Lyon.")
+    calls = []
+
+    @dynamic_prompt
+    def prompt(request):
+        calls.append(1)
+        return f"Prompt {len(calls)}."
+
+    model = scripted_chat(replies=[wants("weather", city="Lyon"), "Sunny."])
+    agent = create_agent(model, [weather], middleware=[prompt, MemoryMiddleware(memory, namespace=ALICE)])
+    agent.invoke({"messages": [HumanMessage("How is the weather in Lyon?")]}, thread("1"))
+    assert [sent[0].text for sent in model.seen] == ["Prompt 1.", "Prompt 2."]
+    assert FENCE in model.seen[1][1].text
+
+
+def test_what_the_agent_forgets_in_a_turn_stays_forgotten_in_it(memory, scripted_chat):
+    memory.namespace(*ALICE).session("old").add("My PIN is 1234.")
+    steps = [wants("forget", "1", number=1), wants("forget", "2", number=2), "Gone."]
+    model = scripted_chat(replies=steps)
+    agent = create_agent(
+        model, middleware=[MemoryMiddleware(memory, namespace=ALICE, tools=("forget",))], checkpointer=InMemorySaver()
+    )
+    agent.invoke({"messages": [HumanMessage("Forget my PIN, it was 1234.")]}, thread("1"))
+    assert "My PIN is 1234." in model.seen[0][0].text
+    assert "My PIN is 1234." not in model.seen[1][0].text
+    assert turns(memory, "1") == [("assistant", "Gone.")]
+
+
+def test_a_draft_that_other_middleware_sends_back_is_stored(memory, scripted_chat):
+    class Longer(AgentMiddleware):
+        @hook_config(can_jump_to=["model"])
+        def after_model(self, state, runtime):
+            if state["messages"][-1].text == "draft one":
+                return {"messages": [HumanMessage("Too short.")], "jump_to": "model"}
+            return None
+
+    model = scripted_chat(replies=["draft one", "draft two"])
+    agent = create_agent(model, middleware=[Longer(), MemoryMiddleware(memory, namespace=ALICE)])
+    agent.invoke({"messages": [HumanMessage("Write.")]}, thread("1"))
+    assert turns(memory, "1") == [
+        ("user", "Write."), ("assistant", "draft one"), ("user", "Too short."), ("assistant", "draft two"),
+    ]  # fmt: skip
+
+
+def test_what_an_abandoned_turn_had_said_is_stored_with_the_next(memory, scripted_chat):
+    model = scripted_chat(replies=[wants("weather", says="I will look.", city="Lyon"), "Never mind."])
+    agent = create_agent(
+        model,
+        [weather],
+        middleware=[
+            MemoryMiddleware(memory, namespace=ALICE),
+            HumanInTheLoopMiddleware(interrupt_on={"weather": True}),
+        ],
+        checkpointer=InMemorySaver(),
+    )
+    agent.invoke({"messages": [HumanMessage("How is the weather?")]}, thread("1"))
+    agent.invoke({"messages": [HumanMessage("Leave it.")]}, thread("1"))
+    said = [text for role, text in turns(memory, "1") if role != "tool"]
+    assert said == ["How is the weather?", 'I will look.\nweather({"city": "Lyon"})', "Leave it.", "Never mind."]
+
+
+def test_a_history_that_is_sent_whole_each_time_is_stored_once_and_not_recalled(memory, scripted_chat):
+    model = scripted_chat(replies=lambda messages: f"Reply {len(messages)}.")
+    agent = create_agent(model, middleware=[MemoryMiddleware(memory, namespace=ALICE)])
+    for ids in (False, True):
+        said = []
+        for n, words in enumerate([TOLD, "Hi.", ASKED]):
+            said.append({"role": "user", "content": words, **({"id": f"{n}"} if ids else {})})
+            reply = agent.invoke({"messages": said}, thread(f"ids {ids}"))["messages"][-1]
+            said.append({"role": "assistant", "content": reply.text})
+        stored = turns(memory, f"ids {ids}")
+        assert [text for role, text in stored if role == "user"] == [TOLD, "Hi.", ASKED]
+        assert len(stored) == 6
+        shown = model.seen[-1][-1].text
+        assert shown.count(TOLD) == ids  # of the other session, where there is one
+
+
+def test_ids_that_are_used_again_hide_nothing(memory, scripted_chat):
+    agent = create_agent(
+        scripted_chat(replies=answer_from_memory), middleware=[MemoryMiddleware(memory, namespace=ALICE)]
+    )
+    for words, id_ in ((ASKED, "1"), (TOLD, "2"), (ASKED, "1")):
+        reply = agent.invoke({"messages": [HumanMessage(words, id=id_)]}, {"configurable": {}})["messages"][-1].text
+    assert reply == "It is called Miso."
+    assert [text for role, text in turns(memory, "default") if role == "user"] == [ASKED, TOLD, ASKED]
+
+
+def test_tools_of_memory_are_not_stored_whoever_gives_them(memory, scripted_chat):
+    memory.namespace(*ALICE).session("old").add(TOLD)
+    agent = create_agent(
+        scripted_chat(replies=[wants("recall", query="cat"), "Miso."]),
+        memory_tools(memory, namespace=ALICE),
+        middleware=[MemoryMiddleware(memory, namespace=ALICE)],
+    )
+    state = agent.invoke({"messages": [HumanMessage(ASKED)]}, thread("1"))
+    assert "Miso" in next(message.text for message in state["messages"] if message.type == "tool")
+    assert ASKED not in next(message.text for message in state["messages"] if message.type == "tool")
+    assert turns(memory, "1") == [("user", ASKED), ("assistant", "Miso.")]
+
+
+def test_a_tool_of_the_users_own_may_have_such_a_name(memory, scripted_chat):
+    @tool
+    def recall(product: str) -> str:
+        """Recall a product from the market."""
+        return f"{product} is recalled."
+
+    agent = create_agent(
+        scripted_chat(replies=[wants("recall", product="P"), "Done."]),
+        [recall],
+        middleware=[MemoryMiddleware(memory, namespace=ALICE, tools=("remember",))],
+    )
+    agent.invoke({"messages": [HumanMessage("Recall P.")]}, thread("1"))
+    assert ("tool", "P is recalled.") in turns(memory, "1")
+
+
+class Cat(BaseModel):
+    """A cat."""
+
+    name: str
+
+
+class Dog(BaseModel):
+    """A dog."""
+
+    name: str
+
+
+@pytest.mark.parametrize(
+    "wanted", [Cat, Cat | Dog, AutoStrategy(Cat | Dog), ToolStrategy(Cat), Cat.model_json_schema()]
+)
+def test_every_form_of_a_structured_reply_is_counted_and_noted(memory, scripted_chat, wanted):
+    memory.namespace(*ALICE).session("old").add(TOLD)
+    model = scripted_chat(replies=[wants("Cat", args={"name": "Miso"})])
+    agent = create_agent(model, middleware=[MemoryMiddleware(memory, namespace=ALICE)], response_format=wanted)
+    agent.invoke({"messages": [HumanMessage(ASKED)]}, thread("1"))
+    assert TOLD in model.seen[0][0].text
+    trace, _ = memory.namespace(*ALICE).why()
+    assert memory.namespace(*ALICE).segment(trace.reply_id).text == 'Cat({"name": "Miso"})'
+    assert trace.outcome == "answered"
+
+
+def test_a_limit_of_the_reply_for_one_call_is_kept_free(many, scripted_chat):
+    class Long(AgentMiddleware):
+        def wrap_model_call(self, request, handler):
+            return handler(request.override(model_settings={"max_tokens": 600}))
+
+    model = scripted_chat(replies=["ok"])
+    last = MemoryMiddleware(many, namespace=ALICE, context_window=1000, tokenizer="gpt-4")
+    agent = create_agent(model, middleware=[Long(), last])
+    agent.invoke({"messages": [HumanMessage(ASKED)]}, thread("limit"))
+    many.namespace(*ALICE).forget(session="limit")
+    used = TiktokenCounter("gpt-4").count_tokens([as_counted(message) for message in model.seen[0]])
+    assert 300 < used <= 400
+
+
+def test_an_embedder_that_fails_does_not_take_the_reply(tmp_path, scripted_chat):
+    class Failing(HashEmbedder):
+        fails = False
+
+        def embed_documents(self, texts):
+            if self.fails:
+                raise RuntimeError("429")
+            return super().embed_documents(texts)
+
+    embedder = Failing()
+    with Memory.open(tmp_path / "memory.db", embedder=embedder) as memory:
+
+        def reply(messages):
+            embedder.fails = True
+            return "Noted."
+
+        agent = create_agent(scripted_chat(replies=reply), middleware=[MemoryMiddleware(memory, namespace=ALICE)])
+        said = agent.invoke({"messages": [HumanMessage(TOLD)]}, thread("1"))["messages"][-1].text
+        assert said == "Noted."
+        assert len(turns(memory, "1")) == 2
+        assert memory.namespace(*ALICE).stats()["pending"] == 1
+        embedder.fails = False
+        assert memory.namespace(*ALICE).search("cat", k=1)[0].segment.text == TOLD
