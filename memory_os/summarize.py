@@ -106,7 +106,10 @@ class Summarizer:
         :raises LLMError: if the model fails or says nothing; what it said before is stored.
         """
         if not passages:
-            raise InvalidInputError("nothing of it is stored, so there is nothing to summarise")
+            raise InvalidInputError(
+                "nothing of it is stored, so there is nothing to summarise; what was forgotten here comes back with "
+                "ingest(..., restore=True), or memos ingest --restore"
+            )
         meeting = passages[0].kind == "turn"
         levels = [self._blocks(passages, meeting)]
         complete = True

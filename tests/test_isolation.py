@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -210,7 +211,10 @@ READS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "session": lambda scope, own: scope.session("s").history(99),
     "sources": lambda scope, own: scope.sources(own["summary"]),
     "stream": lambda scope, own: _streamed(scope),
-    "summarize": lambda scope, own: scope.summarize(io.BytesIO(f"The kite: {THEIRS}.".encode()), name="new"),
+    "summarize": lambda scope, own: scope.summarize(
+        io.BytesIO(f"The kite: {THEIRS}.".encode()),
+        name=str(uuid4()),  # what was forgotten of a name stays so
+    ),
     "would_forget": lambda scope, own: scope.would_forget(everything=True),
     "why": lambda scope, own: scope.why(expect=own["id"]),
     "whole": lambda scope, own: scope.session("s").whole().history(99),
