@@ -716,19 +716,29 @@ class Scope:
         return [*recalled.hits, *recalled.echoes][:k]
 
     def nearest(
-        self, query: str | Sequence[float], *, k: int = 10, where: Callable[[Segment], bool] | None = None
+        self,
+        query: str | Sequence[float],
+        *,
+        k: int = 10,
+        where: Callable[[Segment], bool] | None = None,
+        complete: bool = False,
     ) -> list[Hit]:
         """The ``k`` segments of the namespace nearest to a query by embedding alone, best first.
 
         :param query: a text, or a vector of the memory's embedder; its length does not matter.
         :param where: only segments of which this is true.
+        :param complete: make all vectors that are missing first, however many (see ``Memory.pending``); otherwise
+            segments whose vector is still being made are not found.
         :raises InvalidInputError: for a vector of another dimension.
         """
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
         with deferrable():
-            catch_up(parts.store, parts.embedder, self.labels)  # nothing else finds what has no vector
+            if complete:
+                catch_up(parts.store, parts.embedder, self.labels)
+            else:
+                parts.catch_up(self.labels)
         if isinstance(query, str):
             vector = parts.embedder.embed_query(check_text(query))
         else:
