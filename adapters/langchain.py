@@ -347,7 +347,7 @@ class MemoryVectorStore(VectorStore):
             told = segment.metadata
             return all(name in told and told[name] == value for name, value in (filter or {}).items())
 
-        return self._scope().nearest(query, k=k, where=None if filter is None else accepted)
+        return self._scope().nearest(query, k=k, where=None if filter is None else accepted, complete=True)
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda cosine: min(1.0, max(0.0, cosine))

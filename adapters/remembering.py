@@ -26,6 +26,7 @@ from memory_os.adapters.langchain_messages import (
 )
 from memory_os.adapters.langchain_models import LIMITS, LangChainLLM
 from memory_os.adapters.tokenizers import counter_for
+from memory_os.echo import derived
 from memory_os.errors import BudgetError, ConfigError, UnknownNameError
 from memory_os.memory import DEFAULT_SESSION, Memory, Scope
 from memory_os.protocols import CachingLLM, TokenCounter
@@ -41,6 +42,8 @@ __all__ = ["Recalled", "Remembering"]
 
 MEDIA_TOKENS = 1600
 """What an image or a file in a request is taken to cost: about the most that providers count for an image."""
+LOOKS_BACK = 12
+"""So many of the session's latest segments may be what a reply repeats, besides what was recalled."""
 MAX_THREADS = 256
 """Of so many conversations at once one process knows what it has stored; of others it looks into the records."""
 
@@ -209,12 +212,29 @@ class Remembering:
                 item = replace(item, key=f"{item.key}:{scope.history(1)[0].seq}")  # an id that is used again
             answered = answered or item.role == "assistant"
             items.append(item)
-        items.reverse()
+        items = self._marked(scope, items[::-1])
         stored = scope.add_many(items, embed=False)
         by_key = known | {segment.key: segment for segment in stored if segment.key}
         without = iter([segment for segment in stored if not segment.key])
         found = [by_key.get(item.key) if item.key else next(without) for item in items]
         return [segment for segment in found if segment]  # one may have been forgotten a moment ago
+
+    def _marked(self, scope: Scope, new: Sequence[NewSegment]) -> list[NewSegment]:
+        """The segments, replies with what they repeat of the memory that was put into the turn."""
+        thread = self._threads.get(_where(scope))
+        if thread is None or thread.chosen is None or all(item.role != "assistant" for item in new):
+            return list(new)
+        context, asked = thread.chosen.context, thread.asked
+        shown = [*zip(context.segments, context.shown, strict=True)]
+        recent = scope.history(LOOKS_BACK)
+        shown += [(segment, segment.text) for segment in recent if asked is None or segment.id != asked.id]
+        stored = self.memory.parts.store.redacted  # the marks are of the text as it is stored
+        return [
+            replace(item, metadata={**item.metadata, **derived(stored(item.text), shown)})
+            if item.role == "assistant"
+            else item
+            for item in new
+        ]
 
     @staticmethod
     def _was_answered(scope: Scope, segment: Segment) -> bool:

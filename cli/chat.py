@@ -57,7 +57,7 @@ def chat(
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
         "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
     }  # fmt: skip
-    with opened(flags, llm=True) as (_, scope, settings):
+    with opened(flags, llm=True, writes=True) as (_, scope, settings):
         if scope.session_name is None:
             scope = scope.session("default")
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -70,11 +70,18 @@ def chat(
 
 def _banner(scope: Scope, settings: Settings) -> None:
     talk = render.talk()
-    count = scope.stats()["segments"]
+    counts = scope.stats()
+    count = counts["segments"]
     where = render.plain(f"{settings.namespace} in {settings.store}", "bold")
     talk.print(f"[bold]memos[/] remembers {render.count_of(count)} of", where, soft_wrap=True)
     talk.print(render.plain(f"session {scope.session_name}, LLM {settings.llm}, controller {settings.controller}"))
+    if counts["pending"]:
+        talk.print(render.plain(_pending(counts["pending"])))
     talk.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.[/]\n")
+
+
+def _pending(n: int) -> str:
+    return f"{n} still to be embedded, in the background; until then those are found by their words only"
 
 
 def _edited_lines() -> Iterator[str]:
@@ -248,6 +255,8 @@ class Chat:
         counts = self.scope.stats()
         held = render.count_of(counts["segments"])
         self._out.print(f"{held} in {counts['sessions']} sessions, {counts['tokens']} tokens")
+        if counts["pending"]:
+            self._out.print(render.plain(_pending(counts["pending"])))
         if self.last:
             self._out.print(render.plain(self.last.context.text or "The last answer needed nothing of it."))
 

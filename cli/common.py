@@ -19,6 +19,7 @@ __all__ = [
     "Json",
     "Llm",
     "Namespace",
+    "Restore",
     "Session",
     "Store",
     "Tokenizer",
@@ -32,7 +33,7 @@ Namespace = Annotated[
     typer.Option(
         "--namespace",
         "-n",
-        help=r"Whose memory: labels with / between them, \/ within one.",
+        help=r"Whose memory: labels with / between them, \/ within one; default if not given.",
         rich_help_panel="Settings",
     ),
 ]
@@ -58,18 +59,20 @@ Tokenizer = Annotated[
 Budget = Annotated[
     int | None, typer.Option("--budget", "-b", help="Most tokens of the prompt.", rich_help_panel="Settings")
 ]
+Restore = Annotated[bool, typer.Option("--restore", help="Store also what was forgotten here.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
 def opened(
-    flags: Mapping[str, Any], *, llm: bool = False, decides: bool = False
+    flags: Mapping[str, Any], *, llm: bool = False, decides: bool = False, writes: bool = False
 ) -> Iterator[tuple[Memory, Scope, Settings]]:
     """The memory that the settings name, and its namespace or session.
 
     :param flags: settings given on the command line, ``None`` for those that were not.
     :param llm: whether the command talks to the LLM; otherwise only its way of counting tokens is used.
     :param decides: whether the command needs the controller's decisions, for which the controller may ask the LLM.
+    :param writes: whether the command stores something: only then is what is older than ``retention_days`` forgotten.
     """
     from memory_os.build import ASKING, tokenizer_of
     from memory_os.config import load
@@ -93,6 +96,8 @@ def opened(
         flash_turns=settings.flash_turns,
         system=settings.system,
         bank=settings.bank,
+        retention_days=settings.retention_days if writes else None,
+        redact=settings.redact,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

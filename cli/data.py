@@ -1,4 +1,4 @@
-"""Commands that put things in and take things out: ingest, summarize, confirm, history, forget, export, import."""
+"""Commands that put things in and take things out: ingest, summarize, confirm, history, export, import."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memory_os.cli import render
-from memory_os.cli.common import Embedder, Json, Llm, Namespace, Session, Store, Tokenizer, Vectors, opened
+from memory_os.cli.common import Embedder, Json, Llm, Namespace, Restore, Session, Store, Tokenizer, Vectors, opened
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["confirm", "export", "export_alr2", "forget", "history", "import_", "ingest", "summarize"]
+    from memory_os.types import Stored
+
+__all__ = ["confirm", "export", "export_alr2", "history", "import_", "ingest", "summarize"]
 
 
 def ingest(
@@ -26,6 +29,7 @@ def ingest(
         str | None, typer.Option("--source", help="The source's name; what is known by it is not stored again.")
     ] = None,
     pick: Annotated[str | None, typer.Option("--pick", help="Of several conversations, the one with this id.")] = None,
+    restore: Restore = False,
     json: Json = False,
     store: Store = None,
     namespace: Namespace = None,
@@ -37,22 +41,31 @@ def ingest(
 
     Example: memos ingest notes.md
 
-    JSON: {"stored": 12, "already_there": 0}
+    JSON: {"stored": 12, "already_there": 0}, and "forgotten": 3 where there are any
     """
     flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
-    with opened(flags) as (_, scope, _), _progress() as progress:
+    with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
+        how = partial(scope.ingest, format=format, name=source, pick=pick, restore=restore, progress=progress)
         if file == "-":
             with tempfile.TemporaryFile() as spool:
                 while block := sys.stdin.buffer.read(1 << 20):
                     spool.write(block)
                 spool.seek(0)
-                stored, known = scope.ingest(spool, format=format, name=source, pick=pick, progress=progress)
+                done = how(spool)
         else:
-            stored, known = scope.ingest(file, format=format, name=source, pick=pick, progress=progress)
+            done = how(file)
+    _tell(done, json)
+
+
+def _tell(done: Stored, json: bool) -> None:
+    stored, known = done
     if json:
-        render.print_json({"stored": stored, "already_there": known})
-    else:
-        render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
+        left_out = {"forgotten": done.forgotten} if done.forgotten else {}
+        render.print_json({"stored": stored, "already_there": known, **left_out})
+        return
+    render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
+    if done.forgotten:
+        render.talk().print(f"{done.forgotten} were forgotten here and stay so; --restore brings them back.")
 
 
 def summarize(
@@ -80,7 +93,7 @@ def summarize(
         "store": store, "namespace": namespace, "session": session, "llm": llm, "embedder": embedder,
         "vectors": vectors,
     }  # fmt: skip
-    with opened(flags, llm=True) as (_, scope, _), _levels() as progress:
+    with opened(flags, llm=True, writes=True) as (_, scope, _), _levels() as progress:
         try:
             summary = scope.summarize(file, format=format, name=source, pick=pick, progress=progress)
         except KeyboardInterrupt:
@@ -179,7 +192,7 @@ def confirm(
     from memory_os.trace import trace_to_dict
 
     refs = [ref.strip() for ref in evidence.split(",") if ref.strip()] if evidence is not None else None
-    with opened({"store": store, "namespace": namespace}) as (_, scope, _):
+    with opened({"store": store, "namespace": namespace}, writes=True) as (_, scope, _):
         trace = scope.confirm(turn, answer=answer, by=by, evidence=refs)
     if json:
         render.print_json({"trace": trace.id, **{k: trace_to_dict(trace)[k] for k in ("query", "confirmation")}})
@@ -212,49 +225,6 @@ def history(
         render.out().print(render.segments_table(segments))
     else:
         render.talk().print("Nothing is remembered here yet.")
-
-
-def forget(
-    refs: Annotated[list[str] | None, typer.Argument(help="Segments, by number or id.")] = None,
-    whole_session: Annotated[str | None, typer.Option("--whole-session", help="Forget this session.")] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="Forget all of the namespace.")] = False,
-    preview: Annotated[bool, typer.Option("--preview", help="Only say how much would go.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json: Json = False,
-    store: Store = None,
-    namespace: Namespace = None,
-    embedder: Embedder = None,
-    vectors: Vectors = None,
-) -> None:
-    """Delete segments, with all that was derived from them.
-
-    Example: memos forget 12 13
-
-    JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, traces, bank, items.
-    """
-    named = refs or []
-    if sum([bool(named), whole_session is not None, everything]) != 1:
-        raise typer.BadParameter("name segments, or --whole-session NAME, or --everything")
-    flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
-    with opened(flags) as (_, scope, settings):
-        counts = scope.forget(*named, session=whole_session, everything=everything, preview=True)
-        if not preview:
-            if not yes:
-                going = _going(counts)
-                if not sys.stdin.isatty():
-                    raise typer.BadParameter(f"this would forget {going}; say --yes to do it unasked")
-                typer.confirm(f"Forget {going} of {settings.namespace} for good?", abort=True, err=True)
-            counts = scope.forget(*named, session=whole_session, everything=everything)
-    if json:
-        render.print_json(counts)
-    else:
-        verb = "Would forget" if preview else "Forgot"
-        render.out().print(f"{verb} {_going(counts)}.")
-
-
-def _going(counts: dict[str, int]) -> str:
-    items = counts["items"]
-    return render.count_of(counts["segments"]) + (f" and {items} item{'s' if items > 1 else ''}" if items else "")
 
 
 def export(
@@ -337,6 +307,7 @@ def _tokens(length: str) -> int:
 
 def import_(
     file: Annotated[str, typer.Argument(help="A file that export wrote; - reads standard input.")],
+    restore: Restore = False,
     json: Json = False,
     store: Store = None,
     namespace: Namespace = None,
@@ -347,12 +318,9 @@ def import_(
 
     Example: memos import backup.jsonl -n acme/alice
 
-    JSON: {"stored": 12, "already_there": 0}
+    JSON: {"stored": 12, "already_there": 0}, and "forgotten": 3 where there are any
     """
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
-    with opened(flags) as (_, scope, _), _progress() as progress:
-        stored, known = scope.import_(sys.stdin if file == "-" else file, progress=progress)
-    if json:
-        render.print_json({"stored": stored, "already_there": known})
-    else:
-        render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
+    with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
+        done = scope.import_(sys.stdin if file == "-" else file, restore=restore, progress=progress)
+    _tell(done, json)

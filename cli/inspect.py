@@ -23,9 +23,6 @@ from memory_os.cli.common import (
 
 __all__ = ["config", "context", "doctor", "search", "stats", "why"]
 
-WORK_LEFT = ("pending_vectors", "pending_item_vectors")
-"""What the doctor finds that is no fault."""
-
 
 def context(
     query: Annotated[str, typer.Argument(help="What the model is about to be asked.")],
@@ -166,6 +163,9 @@ def stats(json: Json = False, store: Store = None, namespace: Namespace = None) 
 
 def doctor(
     repair: Annotated[bool, typer.Option("--repair", help="Mend what is found, and finish pending work.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Look at every row: make again what is derived, and compare.")
+    ] = False,
     json: Json = False,
     store: Store = None,
     embedder: Embedder = None,
@@ -173,36 +173,53 @@ def doctor(
 ) -> None:
     """Check the store: what is derived must match what is recorded. Exit code 1 if a fault remains.
 
-    Example: memos doctor --repair
+    Example: memos doctor --deep --repair
 
-    JSON: {"found": {kind: count}, "remaining": {kind: count}}
+    JSON: {"found": {kind: count}, "remaining": {kind: count}, "rows": {kind: the first rows that remain}}
     """
-    with opened({"store": store, "embedder": embedder, "vectors": vectors}) as (memory, _, _):
-        found = {kind: len(rows) for kind, rows in memory.check().items()}
+    from memory_os.doctor import FIXES, NO_FAULT
+
+    with (
+        opened({"store": store, "embedder": embedder, "vectors": vectors}) as (memory, _, _),
+        render.talk().status("Checking") as status,
+    ):
+
+        def show(what: str, done: int, total: int) -> None:
+            status.update(f"Checking: {what}, {done} of {total}")
+
+        rows = memory.check(deep=deep, progress=show)
+        found = {kind: len(rows[kind]) for kind in rows}
         remaining = found
         if repair and any(found.values()):
-            with render.talk().status("Mending"):
-                memory.repair()
-            remaining = {kind: len(rows) for kind, rows in memory.check().items()}
+            status.update("Mending")
+            memory.repair(lambda n: status.update(f"Mending: {n} vectors made"), deep=deep)
+            rows = memory.check(deep=deep, progress=show)
+            remaining = {kind: len(rows[kind]) for kind in rows}
+    faulty = [kind for kind in remaining if remaining[kind] and kind not in NO_FAULT]
     if json:
-        render.print_json({"found": found, "remaining": remaining})
+        first = {kind: rows[kind][:10] for kind in rows if rows[kind]}
+        render.print_json({"found": found, "remaining": remaining, "rows": first})
     else:
-        verdicts = {kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind]) for kind in found}
+        verdicts = {
+            kind.replace("_", " "): _verdict(kind, found[kind], remaining[kind], kind in faulty) for kind in found
+        }
         render.out().print(render.pairs_table(verdicts, "check", "result"))
-    if any(count for kind, count in remaining.items() if kind not in WORK_LEFT):
-        if not repair:
-            render.talk().print("memos doctor --repair mends what can be rebuilt.")
+        for kind in (kind for kind in remaining if remaining[kind]):
+            fix = FIXES.get(kind, "memos doctor --repair" + (" --deep" if deep else ""))
+            named = ", ".join(rows[kind][:5]) + (", ..." if len(rows[kind]) > 5 else "")
+            render.talk().print(render.plain(f"{kind.replace('_', ' ')} ({named}): {fix}"), soft_wrap=True)
+    if faulty:
         raise typer.Exit(1)
 
 
-def _verdict(kind: str, found: int, remaining: int) -> str:
+def _verdict(kind: str, found: int, remaining: int, faulty: bool) -> str:
     if not found:
         return "ok"
     if not remaining:
         return f"{found} mended"
-    if kind in WORK_LEFT:
-        return f"{remaining} still to be made (work left, no fault)"
-    return f"{remaining} FAULTY" + ("; restore a backup or an export" if kind == "damage" else "")
+    if faulty:
+        return f"{remaining} FAULTY"
+    return f"{remaining} still to be made (work left, no fault)" if "pending" in kind else f"{remaining} (no fault)"
 
 
 def config(

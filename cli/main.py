@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import ask, bank, bench, chat, data, inspect
+from memory_os.cli import ask, bank, bench, chat, data, forget, inspect
 
 __all__ = ["app", "run"]
 
@@ -50,7 +50,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "history": data.history,
     "ingest": data.ingest,
     "summarize": data.summarize,
-    "forget": data.forget,
+    "forget": forget.forget,
+    "retain": forget.retain,
     "export": data.export,
     "export-alr2": data.export_alr2,
     "import": data.import_,

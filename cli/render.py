@@ -127,6 +127,8 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
         except UnknownNameError:
             text = "(forgotten)"
         form = "" if entry.form in (None, "full") else f" as {entry.form}"
+        if entry.flags:
+            form += f" [yellow](reads like an instruction: {', '.join(entry.flags)})[/]"
         table.add_row(
             f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}, {entry.reason}", str(entry.n_tokens),
             f"{entry.score:.3f}", _reasons(reasons, entry.signals), plain(text),

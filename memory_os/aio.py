@@ -80,6 +80,8 @@ class AsyncScope:
     summarize = _threaded(Scope.summarize)
     sources = _threaded(Scope.sources)
     forget = _threaded(Scope.forget)
+    would_forget = _threaded(Scope.would_forget)
+    expire = _threaded(Scope.expire)
     export = _threaded(Scope.export)
     export_alr2 = _threaded(Scope.export_alr2)
     import_ = _threaded(Scope.import_)
@@ -214,13 +216,25 @@ class AsyncMemory:
         """All that hold anything."""
         return await asyncio.to_thread(self.memory.namespaces)
 
-    async def check(self) -> dict[str, list[str]]:
-        """What is wrong with the store, by kind."""
-        return await asyncio.to_thread(self.memory.check)
+    async def expire(self, days: float, *, preview: bool = False, verify: bool = False) -> dict[str, int]:
+        """Forget what is older than so many days in every namespace."""
+        return await asyncio.to_thread(self.memory.expire, days, preview=preview, verify=verify)
 
-    async def repair(self) -> dict[str, int]:
+    async def scan_for(self, *texts: str) -> dict[str, list[str]]:
+        """``{file: texts}``: in which files of the store any of these texts stands."""
+        return await asyncio.to_thread(self.memory.scan_for, *texts)
+
+    async def pending(self) -> dict[Namespace, int]:
+        """How many vectors each namespace still lacks."""
+        return await asyncio.to_thread(self.memory.pending)
+
+    async def check(self, *, deep: bool = False) -> dict[str, list[str]]:
+        """What is wrong with the store, by kind."""
+        return await asyncio.to_thread(self.memory.check, deep=deep)
+
+    async def repair(self, *, deep: bool = False) -> dict[str, int]:
         """Rebuild what is derived and missing or wrong."""
-        return await asyncio.to_thread(self.memory.repair)
+        return await asyncio.to_thread(self.memory.repair, deep=deep)
 
     async def close(self) -> None:
         """Release the database and the index."""

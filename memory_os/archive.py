@@ -45,7 +45,7 @@ class Archive:
     _left_out: frozenset[int]
 
     def segments(self, turn: int) -> list[Segment]:
-        """The segments of a turn, in the order of ``seq``, but for those in flash memory and those that are gone."""
+        """The segments of a turn, in the order of ``seq``, but for flash memory, echoes, and those that are gone."""
         import numpy as np
 
         rows = [row for row in np.flatnonzero(self._turn_of == self._turns[turn]) if row not in self._left_out]
@@ -81,12 +81,14 @@ def read_archive(
         seqs = rows["seq"].copy()
         first = _first_rows(rows)
         ids = corpus.ids[:n]
-        left_out = frozenset(corpus.row_of[id_] for id_ in flash if id_ in corpus.row_of)
+        echoes = rows["echo"].copy()
+        in_flash = [corpus.row_of[id_] for id_ in flash if id_ in corpus.row_of]
+        left_out = frozenset([*in_flash, *np.flatnonzero(echoes).tolist()])
     begins = first == np.arange(n)
     turn_of = (np.cumsum(begins) - 1)[first] if n else first
     n_turns = int(begins.sum())
     cosine = np.full(n_turns, -1.0, dtype=np.float32)
-    np.maximum.at(cosine, turn_of, index.similarities(namespace, vector, ids))
+    np.maximum.at(cosine, turn_of, np.where(echoes, np.float32(-1.0), index.similarities(namespace, vector, ids)))
     last = np.arange(n_turns)
     for seq, by in used.items():
         row, query_row = np.searchsorted(seqs, [seq, by])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memory_os.errors import CapabilityError, LLMError, MemoryOSError
+from memory_os.fence import inert
 from memory_os.protocols import LLM, StructuredLLM
 from memory_os.types import Message
 
@@ -18,7 +19,7 @@ def reply_to(llm: LLM, prompt: str, *, max_tokens: int, schema: Mapping[str, Any
     :param schema: what an LLM that offers it is held to; one that does not is asked without.
     :raises LLMError: if the model fails, or the prompt with ``max_tokens`` exceeds its context window.
     """
-    messages: list[Message] = [{"role": "user", "content": prompt}]
+    messages: list[Message] = [{"role": "user", "content": inert(prompt)}]
     try:
         if schema is not None and isinstance(llm, StructuredLLM):
             try:

@@ -1,24 +1,31 @@
-"""Summaries by the LLM that are still to be made: durable work, done in a thread while nobody waits for a reply.
+"""Derived work that is done in a thread while nobody waits for it: summaries by the LLM, and vectors.
 
-The thread starts after a turn that left work, stops at the next token when the next turn begins, and takes up again
-after it. What it did not come to stays on the store's list, also across processes; a controller that needs a summary
-before that has it made on the spot.
+What a thread did not come to stays on the store's lists, also across processes. The thread of summaries starts after a
+turn that left work, stops at the next token when the next turn begins, and takes up again after it; a controller that
+needs a summary before that has it made on the spot. The thread of vectors starts when a namespace is used that lacks
+many of them, as after a change of embedder, and waits between two batches while a turn runs.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 
 from memory_os import turn_summary
 from memory_os.errors import LLMError, StoreError
+from memory_os.fence import inert
 from memory_os.protocols import LLM, RecordStore
 from memory_os.types import Message, Namespace, Segment
 
-__all__ = ["Backlog"]
+__all__ = ["Backlog", "VectorBacklog"]
 
 log = logging.getLogger(__name__)
+
+STEP = 128
+"""So many vectors are made and stored at a time: under a second of work, and all that a kill can cost."""
 
 
 class Backlog:
@@ -76,7 +83,7 @@ class Backlog:
 
     def _summary(self, segment: Segment, llm: LLM, stop: threading.Event) -> str | None:
         """The summary, or ``None`` if the work was stopped."""
-        messages: list[Message] = [{"role": "user", "content": turn_summary.prompt_for(segment.text)}]
+        messages: list[Message] = [{"role": "user", "content": inert(turn_summary.prompt_for(segment.text))}]
         speaking = llm.generate(messages, max_tokens=turn_summary.MAX_TOKENS)
         pieces: list[str] = []
         try:
@@ -88,3 +95,94 @@ class Backlog:
             if isinstance(speaking, Generator):
                 speaking.close()
         return "".join(pieces).strip()
+
+
+class VectorBacklog:
+    """The vectors that are still to be made, namespaces in the order in which they were asked for.
+
+    :param count: how many a namespace lacks.
+    :param make: makes up to so many of them, durably; gives back how many.
+    """
+
+    def __init__(self, count: Callable[[Namespace], int], make: Callable[[Namespace, int], int]) -> None:
+        self.count, self._make = count, make
+        self._queue: dict[Namespace, int | None] = {}  # with how many are to be made, once that was counted
+        self._change = threading.Condition()
+        self._n_turns = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self.failure = ""
+        """What the embedder failed with, if it did when it was last tried."""
+
+    def resume(self, namespace: Namespace) -> None:
+        """Have the namespace's vectors made, after those of the namespaces asked for before."""
+        with self._change:
+            if self._closed:
+                return
+            self._queue.setdefault(namespace, None)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="memory_os vectors", daemon=True)
+                atexit.register(self.close)  # a model that is at work when Python leaves takes the process down
+                self._thread.start()
+
+    def busy(self, namespace: Namespace) -> bool:
+        """Whether vectors of the namespace are being made, or are about to be."""
+        return namespace in self._queue
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While a turn runs nothing is begun: the LLM has the machine to itself."""
+        with self._change:
+            self._n_turns += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._n_turns -= 1
+                self._change.notify_all()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the work is done or stopped."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+
+    def close(self, patience_s: float = 20.0) -> None:
+        """Stop after the batch that is under way, for which this waits; what is not done stays pending."""
+        with self._change:
+            self._closed = True
+            self._queue.clear()
+            self._change.notify_all()
+        self.join(patience_s)
+
+    def _next(self) -> Namespace | None:
+        with self._change:
+            while self._n_turns and not self._closed:
+                self._change.wait()
+            if self._closed or not self._queue:
+                self._thread = None
+                atexit.unregister(self.close)
+                return None
+            return next(iter(self._queue))
+
+    def _work(self) -> None:
+        while (namespace := self._next()) is not None:
+            try:
+                # counted once, so that this ends even if a process with another embedder makes them anew for itself
+                left = self._queue.get(namespace)
+                left = self.count(namespace) if left is None else left
+                done = self._make(namespace, min(STEP, left)) if left else 0
+                self._note(namespace, left - done if done else 0)
+            except Exception as error:  # whatever a foreign embedder raises: tried again when memory is next used
+                log.warning("vectors are left for later: %s", error)
+                self._note(namespace, 0, f"{type(error).__name__}: {error}")
+
+    def _note(self, namespace: Namespace, left: int, failure: str = "") -> None:
+        with self._change:
+            self.failure = failure
+            if failure:
+                self._queue.clear()
+            elif left > 0 and namespace in self._queue:
+                self._queue[namespace] = left
+            else:
+                self._queue.pop(namespace, None)

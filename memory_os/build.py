@@ -7,17 +7,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from memory_os.backlog import Backlog
+from memory_os.backlog import Backlog, VectorBacklog
+from memory_os.derive import catch_up
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
+from memory_os.items import Items
 from memory_os.protocols import CachingLLM
 from memory_os.turn import Options, Parts
-from memory_os.types import BankOptions
+from memory_os.types import BankOptions, Namespace
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel
 
+    from memory_os.forget import Retention
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+    from memory_os.redact import Redact
 
 __all__ = [
     "CONTROLLERS",
@@ -137,6 +141,8 @@ def build_parts(
     tokenizer: str | TokenCounter | None,
     options: Options,
     bank: BankOptions,
+    retention: Retention | None = None,
+    redact: Redact | None = None,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -160,16 +166,28 @@ def build_parts(
     from memory_os.stores.manifest import bank_folder
     from memory_os.stores.sqlite import SqliteStore
 
-    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text))
+    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
     try:
         index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
     except BaseException:
         store.close()
         raise
+    items = SqliteItems(store.database, redact=redact)
+
+    def count_missing(namespace: Namespace) -> int:
+        fingerprint = chosen_embedder.fingerprint
+        return store.count_pending(namespace, fingerprint) + items.count_pending(namespace, fingerprint)
+
+    def make_missing(namespace: Namespace, most: int) -> int:
+        return catch_up(store, chosen_embedder, namespace, limit=most) or Items(
+            items, chosen_embedder, namespace
+        ).catch_up(limit=most)
+
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
+        vectors=VectorBacklog(count_missing, make_missing),
         backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
-        items=SqliteItems(store.database),
+        items=items, retention=retention,
     )  # fmt: skip
 
 

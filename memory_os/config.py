@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     reply_tokens: int = DEFAULTS.reply_tokens
     flash_turns: int = DEFAULTS.flash_turns
     system: str = DEFAULTS.system
+    retention_days: float | None = None
+    redact: bool = False
     bank_tokens: int = BANK.max_tokens
     bank_mb: int = BANK.max_bytes // 1_000_000
     bank_policy: Literal["fifo", "lru", "surprisal"] = BANK.policy

@@ -44,6 +44,7 @@ COLUMNS = [
     ("asks", "float32"),  # 1 for a text that ends with a question mark
     ("replies", "bool"),  # said by the assistant
     ("timed", "float32"),  # 1 for a text that says when
+    ("echo", "bool"),  # repeats segments that are all there
     ("first", "int64"),  # where its token vectors begin, and how many there are
     ("count", "int64"),
 ]
@@ -86,6 +87,7 @@ class Corpus:
         self.epoch = epoch
         self.width = width
         self.last_segment = self.last_vector = 0
+        self.n_echoes = 0
         self.ids: list[str] = []
         self.row_of: dict[str, int] = {}
         self.speakers: dict[str, int] = {}
@@ -136,7 +138,7 @@ class Corpus:
             self._latest[session] = row
             records.append(
                 (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
-                 profile.asks, profile.replies, tells_time(profile.terms), 0, 0)
+                 profile.asks, profile.replies, tells_time(profile.terms), False, 0, 0)
             )  # fmt: skip
             for term in profile.terms:
                 rows = self._postings.get(term)
@@ -149,6 +151,10 @@ class Corpus:
         ids = [profile.id for profile in profiles]
         self.row_of.update(zip(ids, range(n, n + len(ids)), strict=True))
         self.ids.extend(ids)
+        for row, profile in enumerate(profiles, start=n):
+            if profile.repeats and all(self.row_of.get(id_, row) < row for id_ in profile.repeats):
+                self.rows["echo"][row] = True
+                self.n_echoes += 1
 
     def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
         import numpy as np

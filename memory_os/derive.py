@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from memory_os.errors import StoreError
 from memory_os.protocols import Embedder, RecordStore, TokenEmbedder
 from memory_os.types import Namespace, Segment
 
-__all__ = ["catch_up", "embedded_text"]
+__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text"]
 
 BATCH = 1024
+INLINE_PENDING = 512
+"""Up to so many missing vectors are made while somebody waits; more are made in the background (``backlog``)."""
+
+log = logging.getLogger(__name__)
 
 
 def embedded_text(segment: Segment) -> str:
@@ -19,6 +26,30 @@ def embedded_text(segment: Segment) -> str:
     hundred evidence turns in 512 tokens.
     """
     return f"{segment.speaker}: {segment.text}" if segment.speaker else segment.text
+
+
+@contextmanager
+def deferrable() -> Iterator[None]:
+    """Around work that is derived from what was just stored: where the disk fails it, it stays pending.
+
+    The records are durable; an error now would have the caller store them again.
+    """
+    try:
+        yield
+    except StoreError as error:
+        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", error)
+
+
+def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> None:
+    """Make the vectors of these segments, a batch at a time; each batch is durable."""
+    for start in range(0, len(segments), BATCH):
+        batch = segments[start : start + BATCH]
+        texts = [embedded_text(segment) for segment in batch]
+        if isinstance(embedder, TokenEmbedder):
+            vectors, tokens = embedder.embed_documents_by_token(texts)
+        else:
+            vectors, tokens = embedder.embed_documents(texts), None
+        store.put_vectors(namespace, embedder.fingerprint, [segment.id for segment in batch], vectors, tokens)
 
 
 def catch_up(
@@ -36,16 +67,14 @@ def catch_up(
     """
     done = 0
     while limit is None or done < limit:
-        batch = store.pending(namespace, embedder.fingerprint, BATCH if limit is None else min(BATCH, limit - done))
+        size = BATCH if limit is None else min(BATCH, limit - done)
+        batch = store.pending(namespace, embedder.fingerprint, size)
         if not batch:
             break
-        texts = [embedded_text(segment) for segment in batch]
-        if isinstance(embedder, TokenEmbedder):
-            vectors, tokens = embedder.embed_documents_by_token(texts)
-        else:
-            vectors, tokens = embedder.embed_documents(texts), None
-        store.put_vectors(namespace, embedder.fingerprint, [segment.id for segment in batch], vectors, tokens)
+        embed(store, embedder, namespace, batch)
         done += len(batch)
         if progress:
             progress(done)
+        if len(batch) < size:
+            break
     return done

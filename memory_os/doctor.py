@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memory_os.derive import catch_up
+from memory_os.derive import catch_up, embedded_text
 from memory_os.items import Items
 from memory_os.turn import Parts
+from memory_os.types import Namespace
 
-__all__ = ["check", "repair"]
+__all__ = ["FIXES", "NO_FAULT", "check", "check_deep", "repair"]
+
+SAMPLE = 2000
+"""Of so many segments of a namespace, at most, the vector is made again and compared."""
+NEAR = 0.99
+"""The cosine of a vector and the same made again: on other hardware they differ a little."""
+NO_FAULT = ("pending_vectors", "pending_item_vectors", "lost_sources", "copies")
+"""What is found and is no fault: work that is left, summaries of what was not imported along, copies to be deleted."""
+BY_HAND = "restore a backup or an export: memos import"
+FIXES = {
+    "damage": BY_HAND,
+    "integrity": BY_HAND,
+    "wrong_seq": f"memos doctor --repair --deep, where the counter is behind; else {BY_HAND}",
+    "traces": "forget the turn, or restore a backup or an export",
+    "settings": "move the file to a local disk, which can keep a write-ahead log",
+    "permissions": "let nobody else write it: chmod o-w FILE",
+    "lost_sources": "the summaries are of segments that are not here, as after the import of a session",
+    "copies": "made before an upgrade, with what was forgotten since; delete them when all is well",
+}
+"""What to do about what ``repair`` does not mend."""
 
 
 def check(parts: Parts) -> dict[str, list[str]]:
@@ -22,6 +42,39 @@ def check(parts: Parts) -> dict[str, list[str]]:
     return faults
 
 
+def check_deep(parts: Parts, progress: Callable[[str, int, int], None] | None = None) -> dict[str, list[str]]:
+    """What ``check`` does not look at, by kind; see ``FIXES`` and ``NO_FAULT``. Read-only.
+
+    :param progress: called with ``(what is looked at, done, of so many)``.
+    """
+    embedder, store = parts.embedder, parts.store
+    found = store.check_deep(embedder.fingerprint, embedder.dimension, progress)
+    if not found["wrong_vectors"]:  # of one length, so that they can be read as a matrix
+        names = store.namespaces()
+        for n, namespace in enumerate(names, start=1):
+            found["wrong_vectors"] += _unlike(parts, namespace)
+            if progress:
+                progress("vectors of namespaces", n, len(names))
+    return found
+
+
+def _unlike(parts: Parts, namespace: Namespace) -> list[str]:
+    """Rows of the sampled segments whose vector is not what their text gives, evenly over the namespace."""
+    import numpy as np
+
+    ids, _, matrix, _ = parts.store.read_vectors(namespace, parts.embedder.fingerprint)
+    chosen = range(0, len(ids), max(1, -(-len(ids) // SAMPLE)))
+    segments = parts.store.get(namespace, [ids[i] for i in chosen])
+    rows = [i for i in chosen if ids[i] in segments]
+    if not rows:
+        return []
+    again = parts.embedder.embed_documents([embedded_text(segments[ids[i]]) for i in rows])
+    cosines = np.einsum("ij,ij->i", matrix[rows], again)
+    wrong = [segments[ids[i]].id for i, cosine in zip(rows, cosines, strict=True) if not cosine >= NEAR]
+    known = {profile.id: profile.row for profile in parts.store.read_profiles(namespace)} if wrong else {}
+    return [str(known[id_]) for id_ in wrong if id_ in known]
+
+
 def _index_strays(parts: Parts) -> list[str]:
     strays: set[str] = set()
     for namespace in parts.store.namespaces(emptied=True):
@@ -30,15 +83,20 @@ def _index_strays(parts: Parts) -> list[str]:
     return sorted(strays)
 
 
-def repair(parts: Parts, progress: Callable[[int], None] | None = None) -> dict[str, int]:
+def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
     """Mend what ``check`` finds and make every pending vector; counts by kind of what was found.
 
     Damage to the file itself is reported and cannot be mended here: restore a backup or an export.
     """
     found = parts.store.repair(parts.embedder.fingerprint)
+    if deep:
+        faults = check_deep(parts)
+        parts.store.repair_deep(faults)
+        found |= {kind: len(rows) for kind, rows in faults.items()}
     found["index"] = len(_index_strays(parts))
     found["bank"] = parts.bank.repair() if parts.bank else 0
-    moved = any(found[kind] for kind in ("index", "missing_vectors", "orphan_vectors", "pending_vectors"))
+    kinds = ("index", "missing_vectors", "orphan_vectors", "pending_vectors", "wrong_vectors")
+    moved = any(found.get(kind) for kind in kinds)
     done = 0
     for namespace in parts.store.namespaces(emptied=True):
         done += catch_up(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memory_os.bank import Layout, LLMBank
-from memory_os.derive import BATCH, catch_up
 from memory_os.errors import BudgetError, CapabilityError, ConfigError, InvalidInputError
 from memory_os.ingest import check_text
 from memory_os.protocols import KV, Bank, CachingLLM
@@ -84,9 +83,8 @@ class Examples:
 
         :raises InvalidInputError: for a label that was not named, or a text that cannot be stored; nothing is stored.
         """
-        store, embedder = self._parts.store, self._parts.embedder
-        stored = store.append(self._namespace, [self._segment(text, label) for text, label in pairs])
-        catch_up(store, embedder, self._namespace, limit=max(BATCH, len(stored)))
+        stored = self._parts.store.append(self._namespace, [self._segment(text, label) for text, label in pairs])
+        self._parts.catch_up(self._namespace, stored)
         return stored
 
     def _segment(self, text: str, label: str) -> NewSegment:
@@ -154,7 +152,7 @@ class Examples:
         store, index, embedder = self._parts.store, self._parts.index, self._parts.embedder
         if not self.k:
             return []
-        catch_up(store, embedder, self._namespace, limit=BATCH)
+        self._parts.catch_up(self._namespace)
         vector, n = embedder.embed_query(text), self.k
         while True:  # the index knows no sessions: it is asked for more where others stand between
             found = index.search(self._namespace, vector, n)

@@ -20,6 +20,14 @@ from typing import IO, Any, TypeVar
 
 from memory_os.derive import BATCH
 from memory_os.errors import InvalidInputError
+from memory_os.limits import (
+    MAX_FILE_BYTES,
+    MAX_LINE_CHARS,
+    MAX_TEXT_CHARS,
+    archive_kind,
+    checked_segment,
+    parse_json,
+)
 from memory_os.types import NewSegment, Role
 
 __all__ = [
@@ -41,14 +49,14 @@ MAX_PASSAGE_CHARS = 800
 MAX_PASSAGE_SIGNS = 200
 """The same where the text is Chinese, Japanese, Korean or Thai, whose characters cost a token and more each."""
 """Documents are cut at paragraphs, then sentences, into passages of at most so many characters (about 300 tokens)."""
-MAX_TEXT_CHARS = 1_000_000
+ARCHIVE = "it is an archive ({}), and those are not opened; unpack it, and name the files that are in it"
 
 _SIGN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SESSION = re.compile(r"^session_(\d+)$")
+_SESSION = re.compile(r"^session_([0-9]{1,9})$")
 _ROLES: dict[str, Role] = {
     "user": "user", "human": "user",
     "assistant": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
@@ -163,11 +171,18 @@ def read_segments(
     :param pick: of a file with several conversations, the one with this id.
     :raises InvalidInputError: with the line where there is one. What was yielded before it is good.
     """
-    check_utf8(stream, name)
+    n_bytes = check_utf8(stream, name)
     text = codecs.getreader("utf-8-sig")(stream)
     chosen = format or _guess(stream, name)
     if chosen not in FORMATS:
         raise InvalidInputError(f"unknown format {chosen!r}; known: {', '.join(FORMATS)}", source=name)
+    whole = chosen != "chat" or Path(name).suffix.lower() == ".json"
+    if whole and n_bytes > MAX_FILE_BYTES:
+        raise InvalidInputError(
+            f"it has {n_bytes} bytes, and a file that is read as a whole may have {MAX_FILE_BYTES}; cut it, or make a "
+            "chat JSONL",
+            source=name,
+        )
     if chosen == "chat":
         segments = _chat(text, name, session, pick)
     else:
@@ -180,8 +195,8 @@ def read_segments(
         raise InvalidInputError("there is nothing in it to remember", source=name)
 
 
-def check_utf8(stream: IO[bytes], name: str) -> None:
-    """Read a stream to its end and go back to its beginning.
+def check_utf8(stream: IO[bytes], name: str) -> int:
+    """Read a stream to its end and go back to its beginning; gives back how many bytes there are.
 
     :raises InvalidInputError: if it is not UTF-8.
     """
@@ -189,6 +204,8 @@ def check_utf8(stream: IO[bytes], name: str) -> None:
     position = 0
     try:
         while block := stream.read(1 << 20):
+            if not position and (kind := archive_kind(block)):
+                raise InvalidInputError(ARCHIVE.format(kind), source=name)
             if b"\x00" in block:
                 raise InvalidInputError("it holds NUL characters, so it is not text", source=name)
             decoder.decode(block)
@@ -199,6 +216,7 @@ def check_utf8(stream: IO[bytes], name: str) -> None:
             f"not UTF-8 (near byte {position + error.start}); convert it first, for example with iconv", source=name
         ) from error
     stream.seek(0)
+    return position
 
 
 def _guess(stream: IO[bytes], name: str) -> str:
@@ -289,8 +307,8 @@ def _spans(text: str, start: int, end: int, separator: re.Pattern[str]) -> Itera
 def _chat(text: codecs.StreamReader, name: str, session: str, pick: str | None) -> Iterator[NewSegment]:
     first = text.readline()
     try:
-        record = json.loads(first)
-    except json.JSONDecodeError:
+        record = parse_json(first)
+    except ValueError:
         record = None
     rest_is_lines = isinstance(record, Mapping) and not _is_conversation(record)
     if rest_is_lines or (record is None and Path(name).suffix.lower() in (".jsonl", ".ndjson")):
@@ -298,9 +316,10 @@ def _chat(text: codecs.StreamReader, name: str, session: str, pick: str | None) 
         return
     whole = first + text.read()
     try:
-        data = json.loads(whole)
-    except json.JSONDecodeError as error:
-        raise InvalidInputError(f"not JSON: {error.msg}", source=name, line=error.lineno) from error
+        data = parse_json(whole)
+    except ValueError as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
+        raise InvalidInputError(f"not JSON: {getattr(error, 'msg', error)}", source=name, line=line) from error
     yield from _chat_data(data, name, session, pick)
 
 
@@ -312,10 +331,13 @@ def _chat_lines(first: str, rest: Iterable[str], name: str, session: str) -> Ite
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                if len(line) > MAX_LINE_CHARS:
+                    raise ValueError(f"longer than {MAX_LINE_CHARS} characters")
+                record = parse_json(line)
+            except ValueError as error:
                 raise InvalidInputError(
-                    f"not a whole JSON record ({error.msg}); what came before it is stored: mend it and run again",
+                    f"not a whole JSON record ({getattr(error, 'msg', error)}); "
+                    "what came before it is stored: mend it and run again",
                     source=name,
                     line=number,
                 ) from error
@@ -349,16 +371,24 @@ def _chat_data(data: Any, name: str, session: str, pick: str | None) -> Iterator
 
 def _conversation(conversation: Mapping[str, Any], name: str, session: str) -> Iterator[NewSegment]:
     inner = conversation.get("conversation", conversation)
+    if not isinstance(inner, list | Mapping):
+        raise InvalidInputError("a conversation is a list of messages, or an object with 'messages'", source=name)
     if isinstance(inner, list) or "messages" in inner:
-        for item in inner if isinstance(inner, list) else inner["messages"]:
+        for item in _listed(inner if isinstance(inner, list) else inner["messages"], name):
             yield _message(item, name, session, None)
         return
-    numbers = sorted(int(match[1]) for field in inner if (match := _SESSION.match(field)))
-    for number in numbers:
-        when = inner.get(f"session_{number}_date_time")
+    sessions = sorted((int(match[1]), field) for field in inner if (match := _SESSION.match(field)))
+    for number, field in sessions:
+        when = inner.get(f"{field}_date_time")
         time = parse_time(when, source=name) if when else None
-        for item in inner[f"session_{number}"]:
+        for item in _listed(inner[field], name):
             yield _message(item, name, f"{session}/session_{number}", None, time)
+
+
+def _listed(messages: object, name: str) -> list[Any]:
+    if not isinstance(messages, list):
+        raise InvalidInputError(f"the messages of a chat are a list, not {type(messages).__name__}", source=name)
+    return messages
 
 
 def _message(record: Any, name: str, session: str, line: int | None, time: datetime | None = None) -> NewSegment:
@@ -366,7 +396,7 @@ def _message(record: Any, name: str, session: str, line: int | None, time: datet
         raise InvalidInputError(f"a message is a JSON object, not {type(record).__name__}", source=name, line=line)
     text = record.get("text", record.get("content"))
     if isinstance(text, list):  # OpenAI's content parts
-        text = "\n".join(part["text"] for part in text if isinstance(part, Mapping) and "text" in part)
+        text = "\n".join(str(part["text"]) for part in text if isinstance(part, Mapping) and "text" in part)
     if text is None:
         raise InvalidInputError("a message has 'content' or 'text'; this one has neither", source=name, line=line)
     role = _ROLES.get(str(record.get("role", "user")).lower())
@@ -379,7 +409,7 @@ def _message(record: Any, name: str, session: str, line: int | None, time: datet
         for field, value in record.items()
         if field not in ("text", "content", "role", "speaker", "name", "created_at", "timestamp", "date", "session")
     }
-    return NewSegment(
+    new = NewSegment(
         check_text(text, source=name, line=line),
         str(record.get("session", session)),
         role=role,
@@ -387,3 +417,4 @@ def _message(record: Any, name: str, session: str, line: int | None, time: datet
         created_at=parse_time(when, source=name, line=line) if when is not None else time,
         metadata=extra,
     )
+    return checked_segment(new, source=name, line=line)

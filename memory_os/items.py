@@ -9,8 +9,10 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from memory_os.derive import BATCH
+from memory_os.backlog import VectorBacklog
+from memory_os.derive import BATCH, INLINE_PENDING, deferrable
 from memory_os.errors import ConfigError, InvalidInputError
+from memory_os.limits import MAX_ITEM_CHARS, MAX_LABEL_CHARS, MAX_PATH_LABELS, MAX_TEXT_CHARS
 from memory_os.protocols import Embedder, Item, ItemChange, ItemPath, ItemStore
 from memory_os.types import Namespace
 
@@ -34,9 +36,12 @@ class Items:
     {'name': 'Miso'}
     """
 
-    def __init__(self, store: ItemStore, embedder: Embedder, namespace: Namespace) -> None:
+    def __init__(
+        self, store: ItemStore, embedder: Embedder, namespace: Namespace, vectors: VectorBacklog | None = None
+    ) -> None:
         self._store = store
         self._embedder = embedder
+        self._vectors = vectors
         self.labels = namespace
 
     # -- write -----------------------------------------------------------------------------------------------------
@@ -74,13 +79,15 @@ class Items:
         self._store.apply(self.labels, checked, now=_now())
         n_texts = sum(len(change.texts) for change in checked)
         if n_texts:
-            self.catch_up(limit=max(BATCH, n_texts))
+            with deferrable():
+                self._make_vectors(n_texts)
 
     def merge(self, changes: Iterable[ItemChange]) -> int:
         """Store what an export holds, times kept; an item that is as new here stays. How many were stored."""
         stored = self._store.merge(self.labels, [checked_change(change) for change in changes], now=_now())
         if stored:
-            self.catch_up()
+            with deferrable():
+                self._make_vectors(stored)
         return stored
 
     def refresh(self, found: Iterable[Item]) -> None:
@@ -91,14 +98,24 @@ class Items:
         """Delete what has expired, which no read gives back anyway; how many items that was."""
         return self._store.sweep(self.labels, now=_now())
 
+    def _make_vectors(self, n_new: int = 0) -> None:
+        """Make the vectors of new texts, and those that were missing before: now if they are few, else in a thread."""
+        n_missing = self._store.count_pending(self.labels, self._embedder.fingerprint)
+        if self._vectors and (n_missing > INLINE_PENDING + n_new or self._vectors.busy(self.labels)):
+            self.catch_up(limit=n_new)
+            self._vectors.resume(self.labels)
+        elif n_missing:
+            self.catch_up()
+
     def catch_up(self, *, limit: int | None = None) -> int:
-        """Make the vectors that are missing or another embedder's, oldest first; how many.
+        """Make the vectors that are missing, then those that are another embedder's, oldest first; how many.
 
         :param limit: stop after about so many.
         """
         done = 0
         while limit is None or done < limit:
-            todo = self._store.pending(self.labels, self._embedder.fingerprint, BATCH)
+            size = BATCH if limit is None else min(BATCH, limit - done)
+            todo = self._store.pending(self.labels, self._embedder.fingerprint, size)
             if not todo:
                 break
             try:
@@ -108,7 +125,7 @@ class Items:
                 raise
             self._store.put_vectors(self._embedder.fingerprint, [row for row, _ in todo], vectors)
             done += len(todo)
-            if len(todo) < BATCH:
+            if len(todo) < size:
                 break
         return done
 
@@ -144,7 +161,8 @@ class Items:
         vector = None
         if query is not None:
             vector = self._embedder.embed_query(_storable(query, "search", "query"))
-            self.catch_up()
+            with deferrable():
+                self._make_vectors()
         return self._store.search(
             self.labels,
             _checked_path(prefix),
@@ -189,11 +207,11 @@ def checked_change(change: ItemChange) -> ItemChange:
     path, where = _checked_path(change.path), f"the item {change.key!r} under {change.path!r}"
     if not path:
         raise InvalidInputError(f"{where}: an item needs a path of at least one label")
-    _storable(change.key, where, "key")
+    _short(_storable(change.key, where, "key"), where, "key", MAX_LABEL_CHARS)
     value = None if change.value is None else _checked_value(change.value, where)
     for field, text in change.texts:
         _storable(field, where, "field")
-        _storable(text, where, "text")
+        _short(_storable(text, where, "text"), where, "text", MAX_TEXT_CHARS)
     if change.ttl is not None and not is_ttl(change.ttl):
         raise InvalidInputError(f"{where}: ttl is a number of minutes above 0, not {change.ttl!r}")
     return replace(change, path=path, value=value)
@@ -214,9 +232,12 @@ def _checked_path(path: Sequence[str]) -> ItemPath:
     if isinstance(path, str):
         raise InvalidInputError(f"a path is a sequence of labels, not one string; write ({path!r},)")
     checked = tuple(path)
+    if len(checked) > MAX_PATH_LABELS:
+        raise InvalidInputError(f"a path has at most {MAX_PATH_LABELS} labels, not {len(checked)}; join some of them")
     for label in checked:
         if not _storable(label, f"the path {checked!r}", "label"):
             raise InvalidInputError(f"the path {checked!r} holds an empty label; leave it out")
+        _short(label, "the path of an item", "label", MAX_LABEL_CHARS)
     return checked
 
 
@@ -230,6 +251,13 @@ def _storable(text: str, where: str, what: str) -> str:
     return text
 
 
+def _short(text: str, where: str, what: str, most: int) -> None:
+    if len(text) > most:
+        raise InvalidInputError(
+            f"{where[:200]}: the {what} has {len(text)} characters, and may have {most}; shorten it"
+        )
+
+
 def _checked_value(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InvalidInputError(
@@ -241,6 +269,7 @@ def _checked_value(value: Mapping[str, Any], where: str) -> dict[str, Any]:
         text = json.dumps(plain, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
         _check_keys(plain)
+        _short(text, where, "value as JSON", MAX_ITEM_CHARS)
         return dict(json.loads(text))
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise InvalidInputError(

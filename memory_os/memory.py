@@ -9,11 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from memory_os.derive import BATCH, catch_up
+from memory_os.derive import BATCH, catch_up, deferrable
 from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
+from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.items import Items
+from memory_os.limits import check_count, check_name, checked_metadata, checked_segment, open_file
 from memory_os.protocols import ItemChange
+from memory_os.redact import redactor
 from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, prepare, run_turn
@@ -30,6 +33,7 @@ from memory_os.types import (
     Reply,
     Role,
     Segment,
+    Stored,
     Trace,
     as_namespace,
 )
@@ -52,7 +56,7 @@ ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 JUDGES = ("user", "gold", "judge")
 LAST_PATIENCE_S = 20.0
-"""So long, at most, ``close`` waits for the thread of summaries: torch must not be at work when Python leaves."""
+"""So long, at most, ``close`` waits for each thread of the backlog: torch must not be at work when Python leaves."""
 
 
 class Memory:
@@ -82,6 +86,8 @@ class Memory:
         controller_options: Mapping[str, Any] | None = None,
         tokenizer: str | TokenCounter | None = None,
         bank: BankOptions | None = None,
+        retention_days: float | None = None,
+        redact: bool | Callable[[str], str] = False,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
@@ -95,6 +101,11 @@ class Memory:
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
         :param bank: bounds and form of the bank of cached keys and values, for controllers that use it.
+        :param retention_days: forget what is older, by event time, in every namespace: now, and while the memory stays
+            open before something is stored, at most once an hour. For good, as ``forget`` does; items stay.
+        :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
+            their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
+            cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -105,7 +116,8 @@ class Memory:
             checked = Options(**options)
         except TypeError as error:
             raise ConfigError(f"Memory.open: {error}".replace("Options.__init__() ", "")) from error
-        return cls(
+        retention = Retention(retention_days) if retention_days is not None else None
+        memory = cls(
             build_parts(
                 path,
                 llm=llm,
@@ -116,8 +128,17 @@ class Memory:
                 tokenizer=tokenizer,
                 options=checked,
                 bank=bank or BankOptions(),
+                retention=retention,
+                redact=redactor(redact),
             )
         )
+        try:
+            if retention:
+                retention.keep(memory.parts)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
 
     def namespace(self, *labels: str) -> Scope:
         """The verbs on one namespace.
@@ -130,20 +151,54 @@ class Memory:
         """All that hold anything."""
         return self.parts.store.namespaces()
 
-    def check(self) -> dict[str, list[str]]:
-        """What is wrong with the store, by kind; empty lists where all is well. Read-only."""
-        from memory_os.doctor import check
+    def pending(self) -> dict[Namespace, int]:
+        """How many vectors each namespace still lacks, of segments and of items; those that lack none are left out.
 
-        return check(self.parts)
+        After a change of embedder that is all of them. They are made in the background once a namespace is used.
+        """
+        if self.parts.vectors is None:
+            raise ConfigError("this memory was put together without a backlog of vectors; Memory.open makes one")
+        counts = {namespace: self.parts.vectors.count(namespace) for namespace in self.namespaces()}
+        return {namespace: n for namespace, n in counts.items() if n}
 
-    def repair(self, progress: Callable[[int], None] | None = None) -> dict[str, int]:
-        """Rebuild what is derived and missing or wrong; counts by kind of what was found."""
+    def expire(self, days: float, *, preview: bool = False, verify: bool = False) -> dict[str, int]:
+        """Forget what is older than so many days in every namespace; see ``Scope.expire``."""
+        return expire(self.parts, self.namespaces(), days, preview=preview, verify=verify)
+
+    def scan_for(self, *texts: str) -> dict[str, list[str]]:
+        """``{file: texts}``: in which files of the store any of these texts stands, byte by byte, whatever holds it.
+
+        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank and the Chroma
+        index. Text that is stored is found, of course: this is to see that what was forgotten is not.
+        """
+        return self.parts.store.files_with([check_text(text) for text in texts])
+
+    def check(
+        self, *, deep: bool = False, progress: Callable[[str, int, int], None] | None = None
+    ) -> dict[str, list[str]]:
+        """What is wrong with the store, by kind; empty lists where all is well. Read-only.
+
+        :param deep: also look at every row: what is derived is made again and compared, of vectors a sample.
+        :param progress: called with ``(what is looked at, done, of so many)``.
+        """
+        from memory_os.doctor import check, check_deep
+
+        return check(self.parts) | (check_deep(self.parts, progress) if deep else {})
+
+    def repair(self, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
+        """Rebuild what is derived and missing or wrong; counts by kind of what was found.
+
+        :param progress: called with the number of vectors made so far.
+        :param deep: also what ``check(deep=True)`` finds.
+        """
         from memory_os.doctor import repair
 
-        return repair(self.parts, progress)
+        return repair(self.parts, progress, deep=deep)
 
     def close(self) -> None:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
+        if self.parts.vectors:
+            self.parts.vectors.close(LAST_PATIENCE_S)
         if self.parts.backlog:
             self.parts.backlog.pause(LAST_PATIENCE_S)
         if self.parts.bank:
@@ -172,7 +227,8 @@ class Scope:
 
     def session(self, name: str) -> Scope:
         """The same verbs on one session of the namespace."""
-        return Scope(self._parts, self.labels, check_text(name))
+        check_name(check_text(name), "session")
+        return Scope(self._parts, self.labels, name)
 
     def whole(self) -> Scope:
         """The same verbs on the whole namespace."""
@@ -186,7 +242,7 @@ class Scope:
         """
         if self._parts.items is None:
             raise ConfigError("this memory was put together without a store of items; Memory.open makes one")
-        return Items(self._parts.items, self._parts.embedder, self.labels)
+        return Items(self._parts.items, self._parts.embedder, self.labels, self._parts.vectors)
 
     # -- write -----------------------------------------------------------------------------------------------------
 
@@ -216,20 +272,27 @@ class Scope:
             speaker=speaker,
             kind=kind,
             created_at=parse_time(created_at) if created_at is not None else None,
-            metadata=_checked_metadata(metadata or {}),
+            metadata=checked_metadata(metadata or {}),
         )
         [segment] = self.add_many([new])
         return segment
 
-    def add_many(self, segments: Sequence[NewSegment], *, embed: bool = True) -> list[Segment]:
+    def add_many(self, segments: Sequence[NewSegment], *, restore: bool = False, embed: bool = True) -> list[Segment]:
         """Store several at once, in order, with their vectors; gives back those that were not stored before.
 
+        :param restore: store also those whose id or key was forgotten; otherwise they are left out.
         :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
+        :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
-        stored = self._parts.store.append(self.labels, segments)
+        if self._parts.retention:
+            self._parts.retention.keep(self._parts)
+        check_count(len(segments))
+        checked = [checked_segment(new) for new in segments]
+        stored = self._parts.store.append(self.labels, checked, restore=restore)
         if not embed:
             return stored
-        catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
+        with deferrable():
+            self._parts.catch_up(self.labels, stored)
         return stored
 
     def replace_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
@@ -239,14 +302,15 @@ class Scope:
 
         :raises InvalidInputError: for a segment without a key, or text or metadata that cannot be stored.
         """
+        check_count(len(segments))
         for new in segments:
-            check_text(new.text)
             if not new.key:
                 raise InvalidInputError("a segment without a key cannot take the place of another; give it one")
-        checked = [replace(new, metadata=_checked_metadata(new.metadata)) for new in segments]
+        checked = [checked_segment(new) for new in segments]
         stored = self._parts.store.replace(self.labels, checked)
         self._parts.index.sync(self.labels)
-        catch_up(self._parts.store, self._parts.embedder, self.labels, limit=max(BATCH, len(stored)))
+        with deferrable():
+            self._parts.catch_up(self.labels, stored)
         return stored
 
     def ingest(
@@ -256,8 +320,9 @@ class Scope:
         format: str | None = None,
         name: str | None = None,
         pick: str | None = None,
+        restore: bool = False,
         progress: Callable[[int, int, int], None] | None = None,
-    ) -> tuple[int, int]:
+    ) -> Stored:
         """Store a file: text, Markdown, or a chat in JSON or JSONL; ``(stored, already there)``.
 
         Running it again, also after an interruption or an error, adds nothing twice.
@@ -266,21 +331,28 @@ class Scope:
         :param format: ``text``, ``markdown`` or ``chat``; guessed from the name's ending if not given.
         :param name: the identity of the source; the absolute path if not given.
         :param pick: of a file with several conversations, the one with this id.
+        :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
         :param progress: called with ``(stored, already there, total)`` before the first batch and after each one is
             durable; the file is then read once more, beforehand, to know the total.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
-        stored = known = total = 0
+        stored = known = forgotten = total = 0
         if progress:
             total = sum(len(batch) for batch in up_to_the_fault(self._read(source, format, name, pick)))
             progress(stored, known, total)
         for batch in batched(self._read(source, format, name, pick)):
-            new = self.add_many(batch)
-            stored, known = stored + len(new), known + len(batch) - len(new)
+            new, out = self._stored(batch, restore)
+            stored, known, forgotten = stored + len(new), known + len(batch) - len(new) - out, forgotten + out
             if progress:
                 progress(stored, known, total)
-        catch_up(self._parts.store, self._parts.embedder, self.labels)  # what an interrupted run left
-        return stored, known
+        with deferrable():
+            self._parts.catch_up(self.labels, most=BATCH)  # what an interrupted run left
+        return Stored(stored, known, forgotten)
+
+    def _stored(self, segments: Sequence[NewSegment], restore: bool) -> tuple[list[Segment], int]:
+        """Those that were stored, and how many were left out because they were forgotten."""
+        new = self.add_many(segments, restore=restore)
+        return new, 0 if len(new) == len(segments) else self._parts.store.forgotten(self.labels, segments)
 
     def summarize(
         self,
@@ -355,7 +427,7 @@ class Scope:
         parts = replace(self._parts, controller=controller)
         with ExitStack() as stack:
             if isinstance(document, str | Path):
-                stream, when = stack.enter_context(_opened(document)), _changed(document)
+                stream, when = stack.enter_context(open_file(document)), _changed(document)
             else:
                 stream, when = document, datetime.now(UTC)
             return read_document(
@@ -386,7 +458,7 @@ class Scope:
     ) -> Iterator[NewSegment]:
         if isinstance(source, str | Path):
             path = Path(source).expanduser().absolute()
-            with _opened(source) as stream:
+            with open_file(source) as stream:
                 label = name or str(path)
                 session = self.session_name or path.stem
                 yield from with_keys(
@@ -399,29 +471,74 @@ class Scope:
         yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
 
     def forget(
-        self, *refs: str | int, session: str | None = None, everything: bool = False, preview: bool = False
+        self,
+        *refs: str | int,
+        session: str | None = None,
+        everything: bool = False,
+        after: datetime | str | None = None,
+        before: datetime | str | None = None,
+        query: str | None = None,
+        k: int | None = None,
+        preview: bool = False,
+        verify: bool = False,
     ) -> dict[str, int]:
-        """Delete segments (by id or ``seq``), a whole session, or everything in the namespace; counts by place.
+        """Delete segments for good, with all that was derived from them; counts by place.
 
-        Summaries that were made of them go as well. Items go with everything only: they belong to no session.
+        Chosen in one of four ways: by id or ``seq``; a session, a time range, or both; a query; everything in the
+        namespace. On a session, a time range is of this session; everything else is of the namespace. Summaries that
+        were made of them go as well, and what traces of other turns may quote of them; replies that repeat them are
+        segments of their own, and stay. Items go with everything only: they belong to no session.
 
-        :param preview: only count the segments and items that would go.
-        :raises UnknownNameError: if a segment does not exist; nothing was deleted.
+        What is forgotten stays so: by ids and keys, of which digests are kept, ``add_many``, ``ingest`` and
+        ``import_`` leave it out, unless told to restore it. When this returns, no file of the store holds the text; if
+        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again.
+
+        :param after: event times from this one on.
+        :param before: event times up to, and without, this one.
+        :param query: the ``k`` segments that ``search`` finds best for it; see ``would_forget``.
+        :param preview: only count.
+        :param verify: also read every file of the store for the text: ``residue`` is how many files hold some.
+        :raises UnknownNameError: if a segment or the session does not exist; nothing was deleted.
+        :raises ConfigError: for none or several of the ways, or a time range in which nothing can be.
         """
-        if sum([bool(refs), session is not None, everything]) != 1:
-            raise ConfigError("forget takes either segments, or session=..., or everything=True")
-        if refs:
-            ids = [self.segment(ref).id for ref in refs]
-        else:
-            ids = [segment.id for segment in self._parts.store.scan(self.labels, session=session)]
-        if session is not None and not ids:
-            raise UnknownNameError("session", session)
-        if preview:
-            n_items = self.items.count() if everything and self._parts.items else 0
-            return {"segments": len(self._parts.store.with_summaries(self.labels, ids)), "items": n_items}
-        counts = self._parts.store.delete(self.labels, list(dict.fromkeys(ids)), items=everything)
-        self._parts.index.sync(self.labels)
-        return counts
+        ids = self._chosen(Selection(refs, session, everything, after, before, query, k))
+        items = everything and self._parts.items is not None
+        return forget(self._parts, self.labels, ids, items=items, preview=preview, verify=verify)
+
+    def would_forget(
+        self,
+        *refs: str | int,
+        session: str | None = None,
+        everything: bool = False,
+        after: datetime | str | None = None,
+        before: datetime | str | None = None,
+        query: str | None = None,
+        k: int | None = None,
+    ) -> list[Segment]:
+        """The segments that ``forget`` would delete, summaries among them, in the order of ``seq``."""
+        ids = self._chosen(Selection(refs, session, everything, after, before, query, k))
+        going = self._parts.store.get(self.labels, with_summaries(self._parts, self.labels, ids))
+        return sorted(going.values(), key=lambda segment: segment.seq)
+
+    def _chosen(self, selection: Selection) -> list[str]:
+        if selection.refs:
+            return [self.segment(ref).id for ref in selection.refs]
+        if selection.query is not None and selection.k is not None:
+            return [hit.segment.id for hit in self.search(selection.query, k=selection.k)]
+        if selection.session is None and not selection.everything:  # a time range
+            selection = replace(selection, session=self.session_name)
+        return ids_in(self._parts, self.labels, selection)
+
+    def expire(self, days: float, *, preview: bool = False, verify: bool = False) -> dict[str, int]:
+        """Forget what is older than so many days, by event time, in the whole namespace; counts by place.
+
+        Items have a time to live of their own, and stay.
+
+        :param preview: only count.
+        :param verify: as for ``forget``.
+        :raises ConfigError: for a number of days that cannot be.
+        """
+        return expire(self._parts, [self.labels], days, preview=preview, verify=verify)
 
     def export(self, file: str | Path | IO[str]) -> int:
         """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
@@ -491,31 +608,34 @@ class Scope:
         return exporter.report
 
     def import_(
-        self, file: str | Path | Iterable[str], *, progress: Callable[[int, int], None] | None = None
-    ) -> tuple[int, int]:
+        self,
+        file: str | Path | Iterable[str],
+        *,
+        restore: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Stored:
         """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
 
         ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there. An item that is as
         new here stays. Only segments are counted.
 
+        :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
         """
-        stored = known = 0
+        stored = known = forgotten = 0
         for batch in batched(read_records(file)):
-            new = self.add_many([record for record in batch if isinstance(record, NewSegment)])
-            n_segments = 0
+            segments = [record for record in batch if isinstance(record, NewSegment)]
+            new, out = self._stored(segments, restore)
             for record in batch:
                 if isinstance(record, Trace):
                     self._parts.store.save_trace(replace(record, namespace=self.labels))
-                elif isinstance(record, NewSegment):
-                    n_segments += 1
             changes = [record for record in batch if isinstance(record, ItemChange)]
             if changes:
                 self.items.merge(changes)
-            stored, known = stored + len(new), known + n_segments - len(new)
+            stored, known, forgotten = stored + len(new), known + len(segments) - len(new) - out, forgotten + out
             if progress:
                 progress(stored, known)
-        return stored, known
+        return Stored(stored, known, forgotten)
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -541,12 +661,15 @@ class Scope:
             is stored, and asking again gives the same context. ``answered`` then adds the reply.
         :param asked: the query's own segment, where the caller has stored it: only the trace is then to be stored.
         :raises BudgetError: if the fixed parts alone are over the budget.
+        :raises UnknownNameError: if ``asked`` is of another namespace.
         :raises ConfigError: for ``memory_tokens`` below 1, or a conversation with a controller whose memory enters as
             keys and values.
         """
         check_text(query)
         if memory_tokens is not None and memory_tokens < 1:
             raise ConfigError(f"memory_tokens must be at least 1, not {memory_tokens}")
+        if asked is not None and asked.namespace != self.labels:
+            raise UnknownNameError("segment", asked.id, hint="it is of another namespace")
         limit = self._parts.options.budget if budget is None else budget
         if budget is None and memory_tokens is not None:
             limit = NO_LIMIT
@@ -579,27 +702,43 @@ class Scope:
         return trace
 
     def search(self, query: str, *, k: int = 10) -> list[Hit]:
-        """The ``k`` best segments of the namespace for a query, best first, with every signal."""
+        """The ``k`` best segments of the namespace for a query, best first, with every signal.
+
+        Replies that repeat what is stored come after all others.
+        """
         check_text(query)
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
-        catch_up(parts.store, parts.embedder, self.labels, limit=BATCH)
-        return parts.recall(self.labels, query, k=k).hits
+        with deferrable():
+            parts.catch_up(self.labels)
+        recalled = parts.recall(self.labels, query, k=k)
+        return [*recalled.hits, *recalled.echoes][:k]
 
     def nearest(
-        self, query: str | Sequence[float], *, k: int = 10, where: Callable[[Segment], bool] | None = None
+        self,
+        query: str | Sequence[float],
+        *,
+        k: int = 10,
+        where: Callable[[Segment], bool] | None = None,
+        complete: bool = False,
     ) -> list[Hit]:
         """The ``k`` segments of the namespace nearest to a query by embedding alone, best first.
 
         :param query: a text, or a vector of the memory's embedder; its length does not matter.
         :param where: only segments of which this is true.
+        :param complete: make all vectors that are missing first, however many (see ``Memory.pending``); otherwise
+            segments whose vector is still being made are not found.
         :raises InvalidInputError: for a vector of another dimension.
         """
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
-        catch_up(parts.store, parts.embedder, self.labels)  # nothing else finds what has no vector
+        with deferrable():
+            if complete:
+                catch_up(parts.store, parts.embedder, self.labels)
+            else:
+                parts.catch_up(self.labels)
         if isinstance(query, str):
             vector = parts.embedder.embed_query(check_text(query))
         else:
@@ -698,7 +837,7 @@ class Scope:
 
     def stats(self) -> dict[str, Any]:
         """Counts of what the namespace holds."""
-        return self._parts.store.stats(self.labels)
+        return self._parts.store.stats(self.labels, self._parts.embedder.fingerprint)
 
     # -- the bank of cached keys and values --------------------------------------------------------------------------
 
@@ -761,6 +900,10 @@ class Scope:
     def stream(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Stream:
         """One whole turn, piece by piece: iterate for the text, then read ``.reply``."""
         check_text(query)
+        if speaker is not None:
+            check_name(speaker, "speaker")
+        if self._parts.retention:
+            self._parts.retention.keep(self._parts)
         session = self.session_name or DEFAULT_SESSION
         return Stream(run_turn(self._parts, self.labels, session, query, speaker=speaker, budget=budget))
 
@@ -808,15 +951,8 @@ def _as_unit(numbers: Sequence[float], dimension: int) -> Vector:
     return vector / length if length else vector
 
 
-def _opened(path: str | Path) -> IO[bytes]:
-    try:
-        return Path(path).expanduser().open("rb")
-    except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
-
-
 def _lines(path: str | Path) -> list[str]:
-    with _opened(path) as stream:
+    with open_file(path) as stream:
         try:
             return stream.read().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
@@ -825,12 +961,3 @@ def _lines(path: str | Path) -> list[str]:
 
 def _changed(path: str | Path) -> datetime:
     return datetime.fromtimestamp(Path(path).expanduser().stat().st_mtime, UTC)
-
-
-def _checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    import json
-
-    try:
-        return dict(json.loads(json.dumps(dict(metadata), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"the metadata cannot be written as JSON: {error}") from error

@@ -2,7 +2,7 @@
 
 The stable part of the prompt comes first so that prefix caches survive: system prompt, then flash memory as ordinary
 chat messages, then one user message with the fenced memory and the query. Recalled text is data: it cannot end its
-fence, start a line of its own, or spell a chat-template control token.
+fence or start a line of its own; and nothing but the system prompt can spell a chat-template control token (``fence``).
 
 In the fence stands a line with the date wherever the date changes, and under it each segment as ``speaker: text``. A
 date and a number on every line would cost a third of the budget with turns of ordinary length.
@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from memory_os.errors import BudgetError
-from memory_os.fence import defused
+from memory_os.fence import defused, inert
 from memory_os.protocols import CachingLLM, TokenCounter
+from memory_os.suspicion import flags_of
 from memory_os.types import (
     Account,
     Action,
@@ -82,7 +83,12 @@ class Frame:
     def messages(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> tuple[Message, ...]:
         """The prompt with this flash memory, and this memory in its fence."""
         fenced = self.fenced(memory)
-        return self._around(flash, f"{fenced}\n\n{self.query}" if fenced else self.query)
+        return self._around(flash, f"{fenced}\n\n{self._asked}" if fenced else self._asked)
+
+    @property
+    def _asked(self) -> str:
+        """The query as it stands in the prompt."""
+        return inert(self.query)
 
     def _around(self, flash: Sequence[Segment], content: str) -> tuple[Message, ...]:
         """The prompt whose last words are ``content``."""
@@ -98,7 +104,7 @@ class Frame:
     def room(self, flash: Sequence[Segment]) -> int:
         """What the limit leaves for lines of memory and dates; not exact, as tokens can merge where texts meet."""
         fenced = "\n".join([OPEN, "-", CLOSE])
-        messages = self._around(flash, f"{fenced}\n\n{self.query}")
+        messages = self._around(flash, f"{fenced}\n\n{self._asked}")
         return self.limit - self.counter.count_tokens(messages, self.tools)
 
     def fenced(self, memory: Sequence[Line]) -> str:
@@ -135,6 +141,11 @@ class GivenFrame(Frame):
         before, after = self.conversation.before, self.conversation.after
         return (*self._before(), *before, {"role": "user", "content": content}, *after)
 
+    @property
+    def _asked(self) -> str:
+        """The query as the caller sends it: what is counted is what is sent."""
+        return self.query
+
 
 @dataclass(frozen=True, slots=True)
 class CachedFrame(Frame):
@@ -152,7 +163,7 @@ class CachedFrame(Frame):
         return CachedPrompt(self.system, f"{OPEN}\n", tuple(f"{line}\n" for _, line in memory), (first, *rest))
 
     def _after(self, flash: Sequence[Segment]) -> list[Message]:
-        return [*map(_as_message, flash), {"role": "user", "content": self.query}]
+        return [*map(_as_message, flash), {"role": "user", "content": self._asked}]
 
     def count(self, flash: Sequence[Segment] = (), memory: Sequence[Line] = ()) -> int:
         """Exact tokens of that prompt, those of cached lines included."""
@@ -209,8 +220,9 @@ class Packed:
 
 def _as_message(segment: Segment) -> Message:
     role = segment.role if segment.role in ("user", "assistant") else "user"
-    text = f"{segment.speaker}: {segment.text}" if segment.speaker else segment.text
-    return {"role": role, "content": text}
+    who = _name(segment.speaker or "")
+    text = f"{who}: {segment.text}" if who else segment.text
+    return {"role": role, "content": inert(text)}
 
 
 def _merged(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -243,12 +255,17 @@ def fit_flash(recent: Sequence[Segment], frame: Frame) -> tuple[Segment, ...]:
 
 def render_line(segment: Segment, *, form: Form = Form.FULL, text: str | None = None) -> str:
     """A segment as it stands in the fence, under its date: ``speaker: text``; a quote with what it is cited by."""
-    who = _WHO.sub(" ", defused(segment.who)).strip()
+    who = _name(defused(segment.who)) or segment.role
     shown = defused(segment.text if text is None else text)
     if form is Form.QUOTE:
         return f"[#{segment.seq}] {who}: {shown}"
     kind = "" if form is Form.FULL else f" ({form})"
     return f"{who}{kind}: {shown}"
+
+
+def _name(who: str) -> str:
+    """A speaker's name that cannot look like the head of a line of its own."""
+    return _WHO.sub(" ", who).strip()
 
 
 def date_line(segment: Segment) -> str:
@@ -405,4 +422,5 @@ def _entry(rank: int, candidate: Candidate, choice: Choice, kept: Kept | None, t
         contributions=candidate.contributions,
         n_tokens=kept.cost if kept else candidate.n_tokens,
         spans=choice.spans if kept else (),
+        flags=flags_of(kept.text) if kept else (),
     )

@@ -355,6 +355,9 @@ class VectorIndex(Protocol):
     def drop(self, namespace: Namespace) -> None:
         """Forget everything of the namespace; the next search rebuilds it."""
 
+    def purge(self, namespace: Namespace) -> None:
+        """As ``sync``, after rows were forgotten: nothing of them is left in the index's files."""
+
     def close(self) -> None:
         """Release files and locks."""
 
@@ -392,6 +395,7 @@ class Profile(NamedTuple):
     :param asks: whether the text ends with a question mark.
     :param replies: whether the assistant said it.
     :param terms: of the lexical index, with repeats.
+    :param repeats: of an echo, ids of the segments that it repeats (``echo``).
     """
 
     row: int
@@ -404,23 +408,34 @@ class Profile(NamedTuple):
     asks: bool
     replies: bool
     terms: list[str]
+    repeats: tuple[str, ...] = ()
 
 
 class RecordStore(VectorSource, LexicalIndex, Protocol):
     """The source of truth. A method that returns has made its change durable; one that raises has changed nothing."""
 
-    def append(self, namespace: Namespace, segments: Sequence[NewSegment]) -> list[Segment]:
+    def append(self, namespace: Namespace, segments: Sequence[NewSegment], *, restore: bool = False) -> list[Segment]:
         """Store in the order given, with their lexical entries; leaves out segments whose ``key`` or ``id`` is known.
 
-        Gives back the segments that were stored, in order.
+        Left out is also what was forgotten under this ``key`` or ``id``. Gives back the segments that were stored, in
+        order.
+
+        :param restore: store also what was forgotten.
         """
+
+    def forgotten(self, namespace: Namespace, segments: Sequence[NewSegment]) -> int:
+        """How many of these were forgotten, by id or key, and are not stored again by ``append``."""
 
     def replace(self, namespace: Namespace, segments: Sequence[NewSegment]) -> list[Segment]:
         """Store segments, each with a key, in place of what is under their keys; those that say the same stay.
 
         The others are deleted as ``delete`` does, in the same transaction, and get a new ``seq``. Gives back what is
-        under the keys now, in order; of several with one key the last is stored.
+        under the keys now, in order; of several with one key the last is stored. What was forgotten is stored again,
+        and what is replaced leaves no tombstone.
         """
+
+    def redacted(self, text: str) -> str:
+        """The text as it would be stored: without secrets, where the store takes them out."""
 
     def get(self, namespace: Namespace, ids: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by id."""
@@ -454,11 +469,34 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
         """All that hold anything; with ``emptied`` also those that held something once."""
 
-    def delete(self, namespace: Namespace, ids: Sequence[str], *, items: bool = False) -> dict[str, int]:
-        """Delete segments and the summaries of them, with all that is derived from either; counts by place.
+    def ids(
+        self,
+        namespace: Namespace,
+        *,
+        session: str | None = None,
+        after: datetime | None = None,
+        before: datetime | None = None,
+    ) -> list[str]:
+        """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
+
+    def delete(
+        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
+    ) -> dict[str, int]:
+        """Delete segments and the summaries of them for good, with all that is derived from either; counts by place.
+
+        Their ids and keys (of summaries the ids) leave tombstones: ``append`` leaves them out from then on. Traces of
+        other turns lose the words that may quote them. No file of the store holds their text when it returns, unless
+        ``unfinished`` is 1: then another process reads what was before; it is done at ``close`` or at the next open.
 
         :param items: also every item of the namespace, in the same transaction.
+        :param preview: only count.
         """
+
+    def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
+        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with the texts."""
+
+    def still_held(self, texts: Iterable[str]) -> set[str]:
+        """Those of the texts that something stored has in it, in any namespace."""
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
         """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
@@ -474,7 +512,10 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         vectors: Matrix,
         tokens: Sequence[bytes] | None = None,
     ) -> None:
-        """Store vectors (and token vectors), replacing older ones, and strike the work off the pending list."""
+        """Store vectors (and token vectors) and strike the work off the pending list.
+
+        They take the place of another embedder's; one that is there under the same fingerprint stays.
+        """
 
     def state(self, namespace: Namespace, fingerprint: str) -> State:
         """Where the namespace stands now; what is kept in memory of it is brought up to date by this."""
@@ -510,7 +551,10 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """
 
     def save_trace(self, trace: Trace) -> None:
-        """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded."""
+        """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded.
+
+        Nothing is stored of a turn that was forgotten, nor of words that may quote what was.
+        """
 
     def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
         """The trace with this id, or of the turn with this query or reply (id or ``seq``); the newest for ``None``."""
@@ -518,14 +562,25 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
         """Every trace of the namespace, oldest first."""
 
-    def stats(self, namespace: Namespace) -> dict[str, Any]:
-        """Counts of what the namespace holds."""
+    def stats(self, namespace: Namespace, fingerprint: str | None = None) -> dict[str, Any]:
+        """Counts of what the namespace holds.
+
+        :param fingerprint: ``pending`` then counts vectors of another embedder as well, those of items included.
+        """
 
     def check(self, fingerprint: str) -> dict[str, list[str]]:
         """Faults of the whole store by kind, each with the numbers of the rows concerned; empty where well."""
 
     def repair(self, fingerprint: str) -> dict[str, int]:
         """Mend what ``check`` finds, putting vectors to be made on the pending list; counts by kind."""
+
+    def check_deep(
+        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+    ) -> dict[str, list[str]]:
+        """What ``check`` does not look at, row by row; ``wrong_vectors`` and others by the numbers of the rows."""
+
+    def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
+        """Mend what ``check_deep`` found and is derived, putting vectors to be made on the pending list."""
 
     def close(self) -> None:
         """Release the database."""
@@ -725,7 +780,10 @@ class ItemStore(Protocol):
         """Delete what has expired; how many items that was."""
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[tuple[int, str]]:
-        """``(row, text)`` of texts whose vector under ``fingerprint`` is still to be made, oldest first."""
+        """``(row, text)`` of texts whose vector under ``fingerprint`` is still to be made, those without any first."""
+
+    def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many such texts there are."""
 
     def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from memory_os import signals as s
 from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
+from memory_os.echo import is_echo, repeated_by
 from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
 from memory_os.question import Question, read_question
 from memory_os.types import Hit, Namespace
@@ -37,6 +38,8 @@ RRF_K = 60
 SEARCH = 128
 """Either search offers so many at least."""
 UNREAD = "{} does not know the script of the query: recall went by words alone"
+MAX_ECHOES = 64
+"""So many echoes at most are told of."""
 SURROUNDINGS = 2
 """So many turns to either side of what was found are candidates too."""
 
@@ -59,10 +62,12 @@ class Recalled:
     """What recall found.
 
     :param notes: what it did less well than its name says.
+    :param echoes: what would have been among the hits, and repeats segments that are stored.
     """
 
     hits: list[Hit]
     notes: tuple[str, ...] = ()
+    echoes: tuple[Hit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,22 +101,30 @@ class Recall:
 
         state = state or self.store.state(namespace, self.embedder.fingerprint)
         if state.n_segments > MAX_SEGMENTS:
-            hits = self._fused(namespace, query, k, upto)
+            hits, echoes = self._fused(namespace, query, k, upto)
             note = f"{state.n_segments} segments are too many to weigh each; dense and lexical ranks were fused"
-            return Recalled(hits, (note,))
+            return Recalled(hits, (note,), echoes)
         scored = self.score(namespace, query, k=k, upto=upto, now=now, state=state)
         if scored is None:
             return Recalled([])
         order = worth(scored.scores, np.exp(scored.signals["length"])) if per_token else scored.scores
-        best = np.lexsort((scored.rows, -order))[:k]
-        with self.corpora.lock:
-            segments = scored.corpus.segments(self.store, namespace, scored.rows[best])
-        signals, contributions = (_by_candidate(each, best) for each in (scored.signals, scored.contributions))
-        scores = scored.scores[best].tolist()
-        found = zip(segments, scores, signals, contributions, strict=True)
+        ranked = np.lexsort((scored.rows, -order))
+        repeats = scored.corpus.rows["echo"][scored.rows[ranked]]
+        end = int(np.searchsorted(np.cumsum(~repeats), k)) + 1  # behind the last hit
         notes = () if _reads(self.embedder, query) else (UNREAD.format(self.embedder.fingerprint),)
+        hits = self._hits(namespace, scored, ranked[~repeats][:k])
+        return Recalled(hits, notes, tuple(self._hits(namespace, scored, ranked[:end][repeats[:end]][:MAX_ECHOES])))
+
+    def _hits(self, namespace: Namespace, scored: Scored, which: Ints) -> list[Hit]:
+        """The candidates at these places, in this order."""
+        if not len(which):
+            return []
+        with self.corpora.lock:
+            segments = scored.corpus.segments(self.store, namespace, scored.rows[which])
+        signals, contributions = (_by_candidate(each, which) for each in (scored.signals, scored.contributions))
+        found = zip(segments, scored.scores[which].tolist(), signals, contributions, strict=True)
         # a segment deleted a moment ago is simply not there
-        return Recalled([Hit(segment, *rest) for segment, *rest in found if segment], notes)
+        return [Hit(segment, *rest) for segment, *rest in found if segment]
 
     def score(
         self,
@@ -126,12 +139,14 @@ class Recall:
         """Signals and scores of everything near what either search finds among its ``k`` best; ``None`` for nothing."""
         import numpy as np
 
-        k = max(k, SEARCH)
         asked = self._embedded(query)
         width = self.embedder.token_dimension if isinstance(self.embedder, TokenEmbedder) else 0
+        state = state or self.store.state(namespace, self.embedder.fingerprint)
+        with self.corpora.lock:  # echoes are near to what their originals are near to, and must not crowd them out
+            n_echoes = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state).n_echoes
+        k = max(k, SEARCH) + n_echoes
         found = self.index.search(namespace, asked.vector, k, upto=upto)
         with self.corpora.lock:
-            state = state or self.store.state(namespace, self.embedder.fingerprint)
             corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
             n = corpus.visible(upto)
             if not n:
@@ -194,16 +209,21 @@ class Recall:
         rows = np.unique(np.concatenate(wanted))
         return rows[rows < n].astype(np.int64)
 
-    def _fused(self, namespace: Namespace, query: str, k: int, upto: int | None) -> list[Hit]:
+    def _fused(self, namespace: Namespace, query: str, k: int, upto: int | None) -> tuple[list[Hit], tuple[Hit, ...]]:
+        """``(hits, echoes)``."""
         fused = fuse(
             {
-                "dense": self.index.search(namespace, self.embedder.embed_query(query), k, upto=upto),
-                "lexical": self.store.search(namespace, query, k, upto=upto),
+                "dense": self.index.search(namespace, self.embedder.embed_query(query), k + MAX_ECHOES, upto=upto),
+                "lexical": self.store.search(namespace, query, k + MAX_ECHOES, upto=upto),
             }
         )
         segments = self.store.get(namespace, fused)
         hits = [Hit(segment, *fused[id_]) for id_, segment in segments.items()]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.segment.seq))[:k]
+        hits.sort(key=lambda hit: (-hit.score, hit.segment.seq))
+        there = self.store.get(namespace, {id_ for hit in hits for id_ in repeated_by(hit.segment.metadata)})
+        echoes = {hit.segment.id for hit in hits if is_echo(hit.segment, there)}
+        own = [hit for hit in hits if hit.segment.id not in echoes]
+        return own[:k], tuple(hit for hit in hits if hit.segment.id in echoes)[:MAX_ECHOES]
 
 
 def _reads(embedder: Embedder, query: str) -> bool:

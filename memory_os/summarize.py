@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from memory_os.ask import reply_to
-from memory_os.derive import catch_up
+from memory_os.derive import BATCH, catch_up
 from memory_os.errors import ConfigError, InvalidInputError, LLMError
 from memory_os.ingest import check_text
 from memory_os.lexical import language_of
@@ -106,7 +106,10 @@ class Summarizer:
         :raises LLMError: if the model fails or says nothing; what it said before is stored.
         """
         if not passages:
-            raise InvalidInputError("nothing of it is stored, so there is nothing to summarise")
+            raise InvalidInputError(
+                "nothing of it is stored, so there is nothing to summarise; what was forgotten here comes back with "
+                "ingest(..., restore=True), or memos ingest --restore"
+            )
         meeting = passages[0].kind == "turn"
         levels = [self._blocks(passages, meeting)]
         complete = True
@@ -118,7 +121,8 @@ class Summarizer:
                 complete = False
                 self.notes.append(f"level {len(levels)} is hardly shorter than the one below it; stopped there")
                 break
-        catch_up(self.store, self.embedder, self.namespace)
+        # few, or else the backlog's: as many as a change of embedder leaves are not made while somebody waits
+        catch_up(self.store, self.embedder, self.namespace, limit=BATCH)
         text = "\n\n".join(segment.text for segment in levels[-1])
         return Summary(text, tuple(map(tuple, levels)), complete, tuple(self.notes), self.calls, self.found)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from memory_os.types import (
     Trace,
 )
 
-__all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict"]
+__all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict", "without_text"]
 
 FORMAT = 1
 
@@ -68,6 +68,7 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
                 "form": Form(entry["form"]) if entry["form"] else None,
                 "reason": Reason(entry["reason"]),
                 "spans": tuple((start, end) for start, end in entry.get("spans", ())),
+                "flags": tuple(entry.get("flags", ())),
             }
         )
         for entry in fields["ledger"]
@@ -86,6 +87,30 @@ def trace_from_dict(data: Mapping[str, Any]) -> Trace:
             "account": Account(**fields["account"]),
             "outcome": Outcome(fields["outcome"]),
         }
+    )
+
+
+FORGOTTEN = "(forgotten)"
+FAILED = " and failed: "  # what follows are the words of an LLM's server, which may repeat the prompt
+
+
+def without_text(trace: Trace, gone: Collection[str]) -> Trace:
+    """The trace without the words that it may have of these segments; the same where they had no part in its turn.
+
+    What the LLM was asked and what went wrong are words of the whole turn: they go when one of the segments stood
+    before the LLM or was a candidate. An answer that was told goes when it rests on one of them. Numbers stay.
+    """
+    told = trace.confirmation
+    rests_on = () if told is None else trace.cited if told.evidence is None else told.evidence
+    if told is not None and told.answer and any(id_ in gone for id_ in rests_on):
+        trace = replace(trace, confirmation=replace(told, answer=FORGOTTEN))
+    if not any(id_ in gone for id_ in (*trace.flash, *(entry.segment_id for entry in trace.ledger))):
+        return trace
+    return replace(
+        trace,
+        calls=tuple(replace(call, answer="", verdict=FORGOTTEN) for call in trace.calls),
+        error=trace.error and FORGOTTEN,
+        notes=tuple(note for note in trace.notes if FAILED not in note),
     )
 
 

@@ -5,6 +5,7 @@ What is derived (vectors, lexical entries) is left out and made anew by the impo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from memory_os.errors import InvalidInputError
-from memory_os.ingest import check_text, parse_time
+from memory_os.ingest import ARCHIVE, parse_time
 from memory_os.items import checked_change
+from memory_os.limits import MAX_LINE_CHARS, archive_kind, checked_segment, checked_trace, open_file, parse_json
 from memory_os.protocols import ItemChange
 from memory_os.trace import trace_from_dict, trace_to_dict
 from memory_os.types import NewSegment, Segment, Trace
@@ -71,7 +73,13 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace 
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            if len(line) > MAX_LINE_CHARS:
+                raise InvalidInputError(
+                    f"the line has more than {MAX_LINE_CHARS} characters, so no export wrote it",
+                    source=name,
+                    line=number,
+                )
+            record = parse_json(line)
             if number == 1:
                 if record != HEADER:
                     raise InvalidInputError(
@@ -85,8 +93,8 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace 
             elif "item" in record:
                 yield _item(record["item"], name, number)
             else:
-                yield trace_from_dict(record["trace"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                yield checked_trace(trace_from_dict(record["trace"]))
+        except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInputError(
                 f"not a whole record ({error}); what came before it is stored; mend the line and run again",
                 source=name,
@@ -96,8 +104,8 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[NewSegment | Trace 
 
 def _segment(data: Mapping[str, Any], name: str, line: int) -> NewSegment:
     created_at: datetime = parse_time(data["created_at"], source=name, line=line)
-    return NewSegment(
-        check_text(data["text"], source=name, line=line),
+    new = NewSegment(
+        data["text"],
         data["session"],
         role=data["role"],
         speaker=data["speaker"],
@@ -110,6 +118,7 @@ def _segment(data: Mapping[str, Any], name: str, line: int) -> NewSegment:
         id=data["id"],
         seq=data["seq"],
     )
+    return checked_segment(new, source=name, line=line)
 
 
 def _item(data: Mapping[str, Any], name: str, line: int) -> ItemChange:
@@ -133,8 +142,12 @@ def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trac
         yield from parse_lines(file, "-")
         return
     try:
-        with Path(file).expanduser().open(encoding="utf-8") as lines:
-            yield from parse_lines(lines, str(file))
+        with open_file(file) as binary:
+            if kind := archive_kind(binary.read(512)):
+                raise InvalidInputError(ARCHIVE.format(kind), source=str(file))
+            binary.seek(0)
+            lines = io.TextIOWrapper(binary, encoding="utf-8")
+            yield from parse_lines(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), str(file))
     except OSError as error:
         raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
     except UnicodeDecodeError as error:
@@ -156,4 +169,8 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        raise InvalidInputError(f"cannot write it: {error.strerror}", source=str(path)) from error
+        raise InvalidInputError(
+            f"cannot write it: {error.strerror}; what was there before is untouched. Free some space, or check the "
+            "permissions of its folder",
+            source=str(path),
+        ) from error

@@ -10,18 +10,21 @@ import hashlib
 import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import uuid_utils
 
-from memory_os.backlog import Backlog
+from memory_os.backlog import Backlog, VectorBacklog
 from memory_os.bank import Layout, LLMBank
 from memory_os.citations import Citations
 from memory_os.corpus import Corpora
-from memory_os.derive import catch_up
-from memory_os.errors import ConfigError, LLMError
+from memory_os.derive import INLINE_PENDING, catch_up, deferrable, embed
+from memory_os.echo import derived
+from memory_os.errors import ConfigError, LLMError, StoreError
+from memory_os.forget import Retention
 from memory_os.pack import CachedFrame, Frame, GivenFrame, fit_flash, pack, render_line
 from memory_os.protocols import (
     LLM,
@@ -40,17 +43,19 @@ from memory_os.protocols import (
 from memory_os.recall import Recall
 from memory_os.types import (
     Candidate,
+    Choice,
     Context,
     Conversation,
     Decision,
     Namespace,
     NewSegment,
     Outcome,
+    Reason,
     Reply,
     Segment,
     Trace,
 )
-from memory_os.view import INLINE_PENDING, View
+from memory_os.view import View
 from memory_os.weights import learned
 
 __all__ = ["Clock", "Options", "Parts", "compose", "prepare", "run_turn"]
@@ -96,8 +101,10 @@ class Parts:
     corpora: Corpora = field(default_factory=Corpora)
     prices: dict[str, int] = field(default_factory=dict, repr=False)
     backlog: Backlog | None = None
+    vectors: VectorBacklog | None = None
     bank: Bank | None = None
     items: ItemStore | None = None
+    retention: Retention | None = None
 
     def price_of(self, segment: Segment) -> int:
         """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
@@ -107,6 +114,18 @@ class Parts:
                 self.prices.clear()
             price = self.prices[segment.id] = self.counter.count_text(render_line(segment) + "\n")
         return price
+
+    def catch_up(self, namespace: Namespace, new: Sequence[Segment] = (), *, most: int = INLINE_PENDING) -> None:
+        """Make the vectors of new segments, and those that were missing before: now if they are few, else in a thread.
+
+        :param most: what is few.
+        """
+        n_missing = self.store.count_pending(namespace, self.embedder.fingerprint)
+        if self.vectors and (n_missing > most + len(new) or self.vectors.busy(namespace)):
+            embed(self.store, self.embedder, namespace, new)
+            self.vectors.resume(namespace)
+        elif n_missing:
+            catch_up(self.store, self.embedder, namespace)
 
     @property
     def recall(self) -> Recall:
@@ -260,6 +279,11 @@ def compose(
     :param candidates: those that the decision names.
     """
     parts = memory.parts
+    named = {choice.segment_id for choice in decision.choices}
+    if echoes := [echo for echo in memory.echoes if echo.segment.id not in named]:
+        candidates = [*candidates, *echoes]
+        left_out = (Choice(echo.segment.id, None, Reason.ECHO) for echo in echoes)
+        decision = replace(decision, choices=(*decision.choices, *left_out))
     packed = pack(frame, memory.flash, candidates, decision)
     memory.clock.lap("pack")
     trace = Trace(
@@ -283,6 +307,12 @@ def compose(
         calls=tuple(memory.calls),
     )
     return Context(packed.messages, packed.text, packed.segments, trace, decision.reply, packed.cached, packed.shown)
+
+
+def _shown(parts: Parts, context: Context) -> list[tuple[Segment, str]]:
+    """The segments that stood in the context, each with its text there."""
+    flash = parts.store.get(context.trace.namespace, context.trace.flash).values()
+    return [*zip(context.segments, context.shown, strict=True), *((segment, segment.text) for segment in flash)]
 
 
 def _breadth(budget: int) -> int:
@@ -312,6 +342,21 @@ def run_turn(
     :raises BudgetError: before anything is stored, if the fixed parts do not fit.
     :raises LLMError: if the model fails; the query and the trace are stored.
     """
+    with parts.vectors.held() if parts.vectors else nullcontext():
+        return (yield from _turn(parts, namespace, session, query, speaker=speaker, budget=budget, stop=stop))
+
+
+def _turn(
+    parts: Parts,
+    namespace: Namespace,
+    session: str,
+    query: str,
+    *,
+    speaker: str | None,
+    budget: int | None,
+    stop: Sequence[str],
+) -> Generator[str, None, Reply]:
+    """The turn, while no vectors are made in the background."""
     llm, reply_tokens = parts.llm, parts.options.reply_tokens
     if llm is None:
         raise ConfigError(
@@ -352,6 +397,9 @@ def run_turn(
             pieces.append(piece)
             yield piece
         outcome = Outcome.ANSWERED
+    except StoreError as failure:  # of the bank: the LLM is not to blame
+        outcome, error = Outcome.FAILED, str(failure)
+        raise
     except Exception as failure:  # whatever a foreign LLM raises becomes one typed error
         outcome, error = Outcome.FAILED, failure.problem if isinstance(failure, LLMError) else repr(failure)
         raise LLMError(llm.name, error, context.trace.id) from failure
@@ -363,6 +411,8 @@ def run_turn(
         text = "".join(pieces)
         if text.strip():
             metadata = {} if outcome is Outcome.ANSWERED else {"outcome": str(outcome)}
+            # what of it the model was shown is no new memory
+            metadata |= derived(parts.store.redacted(text), _shown(parts, context))
             reply = NewSegment(text, session, role="assistant", metadata=metadata)
             [said] = parts.store.append(namespace, [reply])
         clock.lap("record")
@@ -378,12 +428,13 @@ def run_turn(
         parts.store.save_trace(trace)
 
     # 7 derive: cheap for one turn; after an interruption it stays pending and is made before the next recall
-    catch_up(parts.store, parts.embedder, namespace, limit=INLINE_PENDING)
-    if CachingLLM in parts.controller.needs and parts.llm_bank:
-        parts.llm_bank.keep(namespace, [segment for segment in (asked, said) if segment])
-    if parts.backlog and isinstance(parts.controller, SummarizingController):
-        long = [segment for segment in (asked, said) if segment and parts.controller.wants_summary(segment, llm)]
-        if long:
-            parts.store.list_for_summary(namespace, [segment.id for segment in long])
-        parts.backlog.resume(namespace, llm)
+    with deferrable():  # both sides of the turn are stored
+        parts.catch_up(namespace, [segment for segment in (asked, said) if segment])
+        if CachingLLM in parts.controller.needs and parts.llm_bank:
+            parts.llm_bank.keep(namespace, [segment for segment in (asked, said) if segment])
+        if parts.backlog and isinstance(parts.controller, SummarizingController):
+            long = [segment for segment in (asked, said) if segment and parts.controller.wants_summary(segment, llm)]
+            if long:
+                parts.store.list_for_summary(namespace, [segment.id for segment in long])
+            parts.backlog.resume(namespace, llm)
     return Reply(text, said, replace(context, trace=trace), trace)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 from memory_os.errors import ConfigError, NamespaceError
 
@@ -40,6 +40,7 @@ __all__ = [
     "Reply",
     "Role",
     "Segment",
+    "Stored",
     "Trace",
     "as_namespace",
 ]
@@ -292,6 +293,7 @@ class Reason(StrEnum):
     LINKED = "linked to what was found before it"
     FALLBACK = "fallback to plain recall"
     ATTENDED = "the model's attention found it in the bank"
+    ECHO = "repeats what was remembered before it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +324,21 @@ class Decision:
     reply: str | None = None
 
 
+class Stored(tuple[int, int]):
+    """``(stored, already there)``, of segments that were to be stored.
+
+    :param forgotten: how many more were forgotten here before, and are not stored again.
+    """
+
+    forgotten: int
+
+    def __new__(cls, stored: int, known: int, forgotten: int = 0) -> Self:
+        """A pair with the third number beside it."""
+        both = super().__new__(cls, (stored, known))
+        both.forgotten = forgotten
+        return both
+
+
 @dataclass(frozen=True, slots=True)
 class LLMCall:
     """One thing that was asked of the LLM besides the reply.
@@ -345,6 +362,7 @@ class LedgerEntry:
     :param rank: 1 is what the controller wanted most.
     :param n_tokens: tokens it took in the context; for a dropped one, tokens it would have taken in full.
     :param spans: what of its text entered as evidence, in characters; empty unless its form is ``quote``.
+    :param flags: what of the text that entered reads like an instruction to a model; see ``suspicion``.
     """
 
     segment_id: str
@@ -358,6 +376,7 @@ class LedgerEntry:
     n_tokens: int
     contributions: Mapping[str, float] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

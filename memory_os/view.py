@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from memory_os import turn_summary
 from memory_os.archive import Archive, read_archive
 from memory_os.ask import reply_to
-from memory_os.derive import catch_up
+from memory_os.derive import deferrable
+from memory_os.echo import is_echo, repeated_by
 from memory_os.errors import CapabilityError, LLMError
+from memory_os.fence import inert
 from memory_os.pack import date_line, render_line, render_lines
 from memory_os.protocols import LLM, State
 from memory_os.scoring import Scorer
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from memory_os.turn import Clock, Parts
 
 __all__ = ["View"]
-
-INLINE_PENDING = 512
-"""Up to so many missing vectors are made before recall; with more, the trace says how many are missing."""
 
 
 class View:
@@ -58,7 +57,9 @@ class View:
         self._breadth = breadth
         self._state = state
         self._epoch = state.epoch
+        self._caught_up = False
         self._offered: dict[str, Candidate] = {}
+        self._echoes: dict[str, Candidate] = {}
         self._answers: dict[tuple[str, int], str] = {}
         self._summaries: dict[tuple[str, bool], str] = {}
 
@@ -72,6 +73,11 @@ class View:
     def offered(self) -> list[Candidate]:
         """Every candidate that the controller was given."""
         return list(self._offered.values())
+
+    @property
+    def echoes(self) -> list[Candidate]:
+        """What recall found and did not offer, as it repeats what is stored."""
+        return [each for id_, each in self._echoes.items() if id_ not in self._offered]
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -97,7 +103,10 @@ class View:
         shares = dict(self.parts.llm_bank.search(self.namespace, self.query, k + len(outside)))
         segments = self.parts.store.get(self.namespace, [id_ for id_ in shares if id_ not in outside])
         found = []
-        for id_ in [id_ for id_ in shares if id_ in segments and segments[id_].seq <= self.upto][:k]:
+        repeated = {id_ for segment in segments.values() for id_ in repeated_by(segment.metadata)}
+        stored = self.parts.store.get(self.namespace, repeated)
+        inside = {id_ for id_, s in segments.items() if s.seq <= self.upto and not is_echo(s, stored)}
+        for id_ in [id_ for id_ in shares if id_ in inside][:k]:
             known = self._offered.get(id_)
             signals = {**(known.signals if known else {}), "attention": round(shares[id_], 4)}
             score = known.score if known else shares[id_]
@@ -130,11 +139,15 @@ class View:
         )
         self.notes += [note for note in recalled.notes if note not in self.notes]
         in_flash = {segment.id for segment in self.flash}
-        found = [
-            Candidate(hit.segment, hit.score, hit.signals, self.parts.price_of(hit.segment), hit.contributions)
-            for hit in recalled.hits
-            if hit.segment.id not in in_flash
-        ]
+        found, echoes = (
+            [
+                Candidate(hit.segment, hit.score, hit.signals, self.parts.price_of(hit.segment), hit.contributions)
+                for hit in hits
+                if hit.segment.id not in in_flash
+            ]
+            for hits in (recalled.hits, recalled.echoes)
+        )
+        self._echoes |= {each.segment.id: each for each in echoes if each.segment.id not in self._echoes}
         self.clock.lap("recall")
         return found
 
@@ -150,15 +163,15 @@ class View:
         return archive
 
     def _ready(self) -> State:
-        """The namespace's state with the vectors made that were pending, if they are few."""
-        parts, n_pending = self.parts, self._state.n_pending
-        if 0 < n_pending <= INLINE_PENDING:
-            catch_up(parts.store, parts.embedder, self.namespace)
+        """The namespace's state, once the vectors that were pending are made if they are few."""
+        parts = self.parts
+        if self._state.n_pending and not self._caught_up:
+            self._caught_up = True  # the same for all that this query asks
+            with deferrable():  # a full or read-only disk can still be searched
+                parts.catch_up(self.namespace)
             self._state = parts.store.state(self.namespace, parts.embedder.fingerprint)
-        elif n_pending:
-            note = f"{n_pending} segments have no vector yet and were searched by their words only; run: memos doctor"
-            if note not in self.notes:
-                self.notes.append(note)
+            if self._state.n_pending:
+                self.notes.append(_lacking(self._state.n_pending, parts.vectors.failure if parts.vectors else ""))
         return self._state
 
     def offer(
@@ -183,7 +196,7 @@ class View:
         stored = self.parts.store.scan(self.namespace)
         seen = takewhile(lambda segment: segment.seq <= self.upto, stored)
         return windows(
-            (segment for segment in seen if segment.id not in flash and segment.kind != "summary"),
+            (segment for segment in _without_echoes(seen) if segment.id not in flash and segment.kind != "summary"),
             lambda segment: self._llm.count_text(render_line(segment) + "\n"),
             size,
             overlap,
@@ -290,6 +303,25 @@ class View:
         return known
 
     def _note_call(self, purpose: str, verdict: str, prompt: str, shown: str, answer: str) -> None:
-        messages: list[Message] = [{"role": "user", "content": prompt}]
+        messages: list[Message] = [{"role": "user", "content": inert(prompt)}]  # as it was sent
         tokens = self._llm.count_tokens(messages), self._llm.count_text(answer)
         self.calls.append(LLMCall(purpose, verdict, shown, *tokens))
+
+
+def _without_echoes(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """All of a namespace's segments, in the order of ``seq``, but for those that repeat others of them."""
+    ids: set[str] = set()
+    for segment in segments:
+        repeated = repeated_by(segment.metadata)
+        if not repeated or not ids.issuperset(repeated):
+            yield segment
+        ids.add(segment.id)
+
+
+def _lacking(n: int, failure: str) -> str:
+    """What is to be said of segments without a vector."""
+    why = f"the embedder failed ({failure}) and is tried again" if failure else "they are being made in the background"
+    return (
+        f"{n} segments have no vector of this embedder yet and were searched by their words only; {why}; "
+        "all at once: memos doctor --repair"
+    )

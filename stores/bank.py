@@ -255,7 +255,7 @@ class SegmentBank:
             aside.parent.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(content)
         except OSError as error:
-            raise StoreError(f"cannot write {aside}: {error.strerror}; nothing was changed") from error
+            raise StoreError(_unwritten(aside, error)) from error
         digest = hashlib.sha256(content).hexdigest()
         return entry._replace(file_bytes=len(content), chunk_bytes=len(chunks), sha256=digest), aside, chunks
 
@@ -289,7 +289,7 @@ class SegmentBank:
             except FileNotFoundError:
                 continue  # whoever removed it wants nothing of this segment or namespace to be kept
             except OSError as error:
-                raise StoreError(f"cannot write {self._path(entry)}: {error.strerror}; nothing was changed") from error
+                raise StoreError(_unwritten(self._path(entry), error)) from error
             placed.append((entry._replace(used=last_seq), chunks))
         for entry, chunks in placed:
             manifest.write(connection, entry, chunks)
@@ -394,6 +394,10 @@ class SegmentBank:
             self._resident.clear()
             self._verified.clear()
             self._tables.clear()
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror}; nothing was changed. Free some space, or check its permissions"
 
 
 def _key(entry: Entry) -> Key:

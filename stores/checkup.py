@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import json
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
@@ -15,7 +18,10 @@ from memory_os.stores.database import Database
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, vectors
 
-__all__ = ["find_faults", "mend"]
+if TYPE_CHECKING:
+    from memory_os.types import Trace
+
+__all__ = ["find_deep_faults", "find_faults", "mend", "mend_deep"]
 
 FAULTS = {
     "missing_vectors": """
@@ -94,3 +100,144 @@ def mend(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
 def _rows(connection: sa.Connection, pks: Sequence[str]) -> Iterator[sa.Row[Any]]:
     for part in parts([int(pk) for pk in pks]):
         yield from connection.execute(select(segments).where(segments.c.pk.in_(part))).all()
+
+
+# -- every row of a store, not only what goes with what ----------------------------------------------------------------
+
+DEEP = {
+    "wrong_seq": """
+        SELECT pk FROM (SELECT pk, seq, lag(seq, 1, 0) OVER (PARTITION BY namespace_id ORDER BY pk) AS before
+        FROM segments) WHERE seq <= before UNION
+        SELECT s.pk FROM segments s JOIN namespaces n ON n.id = s.namespace_id WHERE s.seq > n.last_seq ORDER BY 1""",
+    "wrong_vectors": """
+        SELECT segment_pk FROM vectors WHERE fingerprint = :f AND length(vector) != 4 * :d ORDER BY 1""",
+    "foreign_rows": " UNION ALL ".join(
+        f"""SELECT '{table} ' || t.segment_pk FROM {table} t JOIN segments s ON s.pk = t.segment_pk
+        WHERE t.namespace_id != s.namespace_id"""
+        for table in ("pending", "summaries", "activations", "bank")
+    ),
+    "lost_sources": """
+        SELECT s.pk FROM segments s JOIN json_each(s.metadata, '$.of') o WHERE s.kind = 'summary' AND NOT EXISTS
+        (SELECT 1 FROM segments t WHERE t.namespace_id = s.namespace_id AND t.id = o.value) GROUP BY s.pk""",
+}
+DERIVED = ("activations", "bank", "item_texts", "pending", "scores", "summaries", "vectors")
+Progress = Callable[[str, int, int], None]
+
+
+def find_deep_faults(
+    database: Database,
+    fingerprint: str,
+    dimension: int,
+    read_trace: Callable[[dict[str, Any]], Trace],
+    progress: Progress | None = None,
+) -> dict[str, list[str]]:
+    """What ``find_faults`` does not look at, by kind, each with the rows concerned. Read-only.
+
+    The kinds of ``DEEP``, ``integrity``, ``foreign_keys``, ``wrong_lexical`` (entries that are not what their segments
+    give), ``counters``, ``traces`` (that cannot be read, or name another namespace), ``settings`` of the connection,
+    ``permissions``, and ``copies`` of before an upgrade, which are no fault.
+
+    :param read_trace: raises for what is none.
+    :param progress: called with ``(what is looked at, done, of so many)``.
+    """
+    with database.read() as connection:
+        told = {"f": fingerprint, "d": dimension}
+        found = {
+            kind: [str(value) for value in connection.execute(sa.text(query), told).scalars()]
+            for kind, query in DEEP.items()
+        }
+        lines = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
+        found["integrity"] = [] if lines == ["ok"] else [str(line) for line in lines]
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        found["foreign_keys"] = [f"{table} {row}" for table, row, *_ in broken]
+        found["wrong_lexical"], n_terms = _lexical_faults(connection, progress)
+        found["counters"] = _counter_faults(connection, n_terms)
+        found["traces"] = _trace_faults(connection, read_trace, progress)
+        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+    found["settings"] = [
+        *([] if journal == "wal" else [f"journal_mode is {journal}, not wal"]),
+        *([] if synchronous == 2 else [f"synchronous is {synchronous}, not 2 (FULL)"]),
+    ]
+    files = sorted(database.path.parent.glob(database.path.name + "*"))
+    found["permissions"] = [file.name for file in files if _anybody_writes(file)]
+    found["copies"] = [file.name for file in files if ".before-" in file.name]
+    return found
+
+
+def _anybody_writes(file: Path) -> bool:
+    return bool(file.stat().st_mode & stat.S_IWOTH)
+
+
+def _lexical_faults(connection: sa.Connection, progress: Progress | None) -> tuple[list[str], dict[int, int]]:
+    """Rows whose entry is not what their text gives, and the number of terms of each namespace by its texts."""
+    pks = connection.execute(select(segments.c.pk).order_by(segments.c.pk)).scalars().all()
+    wrong: list[str] = []
+    n_terms: dict[int, int] = {}
+    done = 0
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        entries = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        stored = {pk: terms.split() for pk, terms in entries}
+        for row in connection.execute(select(segments).where(segments.c.pk.in_(part))):
+            terms = [f"{row.namespace_id}_{term}" for term in terms_of(row.text)]
+            n_terms[row.namespace_id] = n_terms.get(row.namespace_id, 0) + len(terms)
+            if row.pk in stored and stored[row.pk] != terms:  # one that is missing is found without this
+                wrong.append(str(row.pk))
+        done += len(part)
+        if progress:
+            progress("lexical entries", done, len(pks))
+    return wrong, n_terms
+
+
+def _counter_faults(connection: sa.Connection, n_terms: Mapping[int, int]) -> list[str]:
+    counted = select(segments.c.namespace_id, sa.func.count()).group_by(segments.c.namespace_id)
+    n_segments = {row.namespace_id: row[1] for row in connection.execute(counted)}
+    return [
+        row.labels
+        for row in connection.execute(select(namespaces))
+        if (row.n_segments, row.n_terms) != (n_segments.get(row.id, 0), n_terms.get(row.id, 0))
+    ]
+
+
+def _trace_faults(
+    connection: sa.Connection, read_trace: Callable[[dict[str, Any]], Trace], progress: Progress | None
+) -> list[str]:
+    query = "SELECT t.id, t.body, n.labels FROM traces t LEFT JOIN namespaces n ON n.id = t.namespace_id ORDER BY t.id"
+    wrong = []
+    rows = connection.exec_driver_sql(query).all()
+    for n, (id_, body, labels) in enumerate(rows, start=1):
+        try:
+            trace = read_trace(json.loads(body))
+            if trace.id != id_ or list(trace.namespace) != json.loads(labels or "null"):
+                wrong.append(id_)
+        except (ValueError, KeyError, TypeError, AttributeError):  # whatever a body that is none can lead to
+            wrong.append(id_)
+        if progress and n % 1000 == 0:
+            progress("traces", n, len(rows))
+    return wrong
+
+
+def mend_deep(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
+    """Mend what of it is derived; ``wrong_vectors`` are left pending."""
+    with database.write() as connection:
+        for row in _rows(connection, faults["wrong_vectors"]):
+            connection.execute(vectors.delete().where(vectors.c.segment_pk == row.pk))
+            listed = {"segment_pk": row.pk, "task": VECTOR_TASK, "namespace_id": row.namespace_id}
+            connection.execute(pending.insert().prefix_with("OR IGNORE").values(listed))
+        for fault in (*faults["foreign_rows"], *faults["foreign_keys"]):
+            table, _, number = fault.partition(" ")
+            if table in DERIVED and number.isdigit():
+                column = "segment_pk" if fault in faults["foreign_rows"] else "rowid"
+                connection.exec_driver_sql(f"DELETE FROM {table} WHERE {column} = ?", (int(number),))
+        wrong = list(_rows(connection, faults["wrong_lexical"]))
+        fulltext.remove(connection, [row.pk for row in wrong])
+        fulltext.add(connection, [(row.pk, row.namespace_id, terms_of(row.text)) for row in wrong])
+        if wrong or faults["counters"]:
+            fulltext.recount(connection)
+        if any(faults[kind] for kind in ("wrong_vectors", "wrong_lexical", "foreign_rows", "foreign_keys")):
+            connection.execute(namespaces.update().values(epoch=namespaces.c.epoch + 1))
+        highest = (
+            select(sa.func.max(segments.c.seq)).where(segments.c.namespace_id == namespaces.c.id).scalar_subquery()
+        )
+        connection.execute(namespaces.update().where(namespaces.c.last_seq < highest).values(last_seq=highest))

@@ -36,8 +36,7 @@ class ChromaIndex:
     """
 
     def __init__(self, source: VectorSource, *, fingerprint: str, folder: Path) -> None:
-        import chromadb
-        from chromadb.config import Settings
+        import chromadb  # noqa: F401  # before the folder is made: it may be missing
         from filelock import FileLock, Timeout
 
         self._source = source
@@ -53,7 +52,14 @@ class ChromaIndex:
                 f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions"
             ) from error
         self._lock = threading.Lock()
-        self._client: Any = chromadb.PersistentClient(str(folder), settings=Settings(anonymized_telemetry=False))
+        self._folder = folder
+        self._client = self._connected()
+
+    def _connected(self) -> Any:
+        import chromadb
+        from chromadb.config import Settings
+
+        return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
 
     def search(
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
@@ -109,6 +115,7 @@ class ChromaIndex:
         )
         if whole:
             held = set(collection.get(include=[])["ids"])
+            self._drop_former(namespace, collection.name)
             gone = sorted(held - set(ids))
             for start in range(0, len(gone), BATCH):
                 collection.delete(ids=gone[start : start + BATCH])
@@ -116,8 +123,14 @@ class ChromaIndex:
             part = slice(start, start + BATCH)
             collection.upsert(ids=ids[part], embeddings=rows[part], metadatas=[{"seq": seq} for seq in seqs[part]])
         # last of all: an interrupted catch-up is simply repeated
-        collection.modify(metadata={"epoch": epoch, "last": last})
+        collection.modify(metadata={"epoch": epoch, "last": last, "of": _digest(namespace)})
         return collection
+
+    def _drop_former(self, namespace: Namespace, name: str) -> None:
+        """Delete what was indexed of the namespace under another embedder: nothing keeps it in step any more."""
+        for other in self._client.list_collections():
+            if other.name != name and (other.metadata or {}).get("of") == _digest(namespace):
+                self._client.delete_collection(other.name)
 
     def _collection(self, namespace: Namespace) -> Collection:
         collection: Collection = self._client.get_or_create_collection(
@@ -126,8 +139,7 @@ class ChromaIndex:
         return collection
 
     def _name(self, namespace: Namespace) -> str:
-        identity = json.dumps([namespace, self._fingerprint], ensure_ascii=False)
-        return "memos-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
+        return "memos-" + _digest([namespace, self._fingerprint])
 
     def drop(self, namespace: Namespace) -> None:
         """Delete the collection; the next search rebuilds it."""
@@ -139,8 +151,37 @@ class ChromaIndex:
             except NotFoundError:
                 return
 
+    def purge(self, namespace: Namespace) -> None:
+        """Drop the collection, which the next search rebuilds, and what Chroma leaves of one in its files.
+
+        Chroma keeps what was added in a queue, and folders of collections that are gone.
+        """
+        self.drop(namespace)
+        with self._lock:
+            self._client.close()
+            try:
+                self._clean()
+            finally:
+                self._client = self._connected()
+
+    def _clean(self) -> None:
+        import shutil
+        import sqlite3
+        from contextlib import closing
+
+        with closing(sqlite3.connect(self._folder / "chroma.sqlite3", isolation_level=None)) as database:
+            used = {id_ for (id_,) in database.execute("SELECT id FROM segments")}
+            database.execute("VACUUM")
+        for place in self._folder.iterdir():
+            if place.is_dir() and place.name not in used:
+                shutil.rmtree(place)
+
     def close(self) -> None:
         """Close Chroma and give the folder back."""
         with self._lock:
             self._client.close()
             self._owner.release()
+
+
+def _digest(identity: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()[:40]

@@ -99,7 +99,11 @@ class ExactIndex:
         if table is None or table.epoch != epoch:
             table = self._tables[namespace] = _Table(epoch)
         if last > table.last:
-            ids, seqs, rows, table.last = self._source.read_vectors(namespace, self._fingerprint, table.last)
+            ids, seqs, rows, after = self._source.read_vectors(namespace, self._fingerprint, table.last)
+            if not table.row_of.keys().isdisjoint(ids):  # made anew, after another embedder's had taken their place
+                table = self._tables[namespace] = _Table(epoch)
+                ids, seqs, rows, after = self._source.read_vectors(namespace, self._fingerprint, 0)
+            table.last = after
             _extend(table, ids, seqs, rows)
         return table
 
@@ -107,6 +111,10 @@ class ExactIndex:
         """Forget the matrix; the next search rebuilds it."""
         with self._lock:
             self._tables.pop(namespace, None)
+
+    def purge(self, namespace: Namespace) -> None:
+        """As ``sync``: it has no files."""
+        self.sync(namespace)
 
     def close(self) -> None:
         """Forget everything."""

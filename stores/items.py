@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import bindparam, func, select
 
 from memory_os.protocols import Item, ItemChange, ItemPath
+from memory_os.redact import Redact, clean_change
 from memory_os.stores.database import Database
 from memory_os.stores.manifest import locate
 from memory_os.stores.rows import as_labels, as_time, parts
@@ -43,7 +44,11 @@ PENDING = """
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint IS NULL UNION ALL
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint < :f UNION ALL
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint > :f)
-    ORDER BY pk LIMIT :limit"""
+    ORDER BY fingerprint IS NOT NULL, pk LIMIT :limit"""
+COUNT_PENDING = """
+    SELECT (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint IS NULL)
+        + (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint < :f)
+        + (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint > :f)"""
 NEWEST = (items.c.updated_at.desc(), items.c.pk.desc())
 
 Address = tuple[ItemPath, str]
@@ -53,10 +58,12 @@ class SqliteItems:
     """``ItemStore`` over the tables ``items`` and ``item_texts``.
 
     :param database: that of the records.
+    :param redact: takes secrets out of values and texts; paths and keys with one are refused.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, redact: Redact | None = None) -> None:
         self._database = database
+        self._redact = redact
         self._ids: dict[Namespace, int] = {}
 
     # -- write -----------------------------------------------------------------------------------------------------
@@ -65,6 +72,7 @@ class SqliteItems:
         """Make all changes in one transaction; of several to one item the last."""
         if not changes:
             return
+        changes = self._cleaned(changes)
         latest = {(change.path, change.key): change for change in changes}
         with self._database.write() as connection:
             ns = self._locate(connection, namespace, claim=True)
@@ -73,6 +81,7 @@ class SqliteItems:
 
     def merge(self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime) -> int:
         """Store what is newer than what is here and has not expired; how many that were."""
+        changes = self._cleaned(changes)
         latest = {(c.path, c.key): c for c in changes if c.expires_at is None or c.expires_at > now}
         if not latest:
             return 0
@@ -87,6 +96,9 @@ class SqliteItems:
             }
             _store(connection, ns, newer, known, now)
         return len(newer)
+
+    def _cleaned(self, changes: Sequence[ItemChange]) -> Sequence[ItemChange]:
+        return [clean_change(change, self._redact) for change in changes] if self._redact else changes
 
     def refresh(self, namespace: Namespace, found: Iterable[Item], *, now: datetime) -> None:
         """Have the items that expire begin their time anew; writes nothing if there are none."""
@@ -234,10 +246,15 @@ class SqliteItems:
     # -- vectors ---------------------------------------------------------------------------------------------------
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[tuple[int, str]]:
-        """``(row, text)`` of texts without a vector under ``fingerprint``, oldest first."""
+        """``(row, text)`` of texts without a vector under ``fingerprint``: those without any, then the others."""
         with self._database.read() as connection:
             told = {"ns": self._locate(connection, namespace), "f": fingerprint, "limit": limit}
             return [(pk, text) for pk, text in connection.exec_driver_sql(PENDING, told)]
+
+    def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many texts have no vector under ``fingerprint``."""
+        with self._database.read() as connection:
+            return count_pending(connection, self._locate(connection, namespace), fingerprint)
 
     def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
@@ -261,6 +278,11 @@ def live(ns: int | sa.Column[int], now: datetime) -> tuple[sa.ColumnElement[bool
 def count(connection: sa.Connection, ns: int, now: datetime) -> int:
     """How many items the namespace holds."""
     return connection.execute(select(func.count()).select_from(items).where(*live(ns, now))).scalar_one()
+
+
+def count_pending(connection: sa.Connection, ns: int, fingerprint: str) -> int:
+    """How many texts of items have no vector under ``fingerprint``."""
+    return int(connection.exec_driver_sql(COUNT_PENDING, {"ns": ns, "f": fingerprint}).scalar_one())
 
 
 def forget(connection: sa.Connection, ns: int, now: datetime) -> int:

@@ -191,15 +191,17 @@ def remove(connection: sa.Connection, folder: Path, entries: Iterable[Entry]) ->
         unlink(folder / str(entry.namespace_id) / entry.file)
 
 
-def forget(connection: sa.Connection, folder: Path, ns: int, ids: Sequence[str]) -> int:
+def forget(connection: sa.Connection, folder: Path, ns: int, ids: Sequence[str], *, preview: bool = False) -> int:
     """Delete all that there is of these segments, files without a row included; gives back how many entries.
 
     The files go before the transaction ends: what is forgotten is gone from the disk. If the transaction fails, rows
     are left without a file, which the bank removes when it meets them.
+
+    :param preview: the transaction will be undone: leave the files.
     """
     stems = {_stem(id_) for id_ in ids}
     gone = {name for name in _names(folder / str(ns)) if name[:STEM] in stems}
-    for name in gone:
+    for name in () if preview else gone:
         unlink(folder / str(ns) / name)
     rows = segments_of(connection, ns, ids).values()
     for part in parts([pk for pk, _ in rows]):

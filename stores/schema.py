@@ -1,9 +1,9 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
-``segments``, ``traces``, ``items`` and ``namespaces`` are the record, and so are the texts in ``item_texts``: which of
-an item's are searched. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are derived from ``segments``,
-``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model, the vectors of ``item_texts`` from its
-texts; they can be rebuilt at any time.
+``segments``, ``traces``, ``items``, ``tombstones`` and ``namespaces`` are the record, and so are the texts in
+``item_texts``: which of an item's are searched. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are derived
+from ``segments``, ``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model, the vectors of
+``item_texts`` from its texts; they can be rebuilt at any time.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ __all__ = [
     "scores",
     "segments",
     "summaries",
+    "tombstones",
     "traces",
     "vectors",
 ]
 
-HEAD = "0006"
+HEAD = "0007"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -61,7 +62,7 @@ namespaces = Table(
     Column("last_seq", Integer, nullable=False, default=0),
     Column("n_segments", Integer, nullable=False, default=0),  # with n_terms: the corpus statistics of BM25
     Column("n_terms", Integer, nullable=False, default=0),
-    Column("epoch", Integer, nullable=False, default=0),  # grows when vectors go away or are replaced
+    Column("epoch", Integer, nullable=False, default=0),  # grows when segments or vectors go away
 )
 
 segments = Table(
@@ -189,6 +190,15 @@ item_texts = Table(
     Index("ix_item_texts_item", "item_pk"),
     Index("ix_item_texts_pending", "namespace_id", "fingerprint"),
     sqlite_autoincrement=True,  # a vector that was made for a text that is gone must not land on another
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("namespace_id", Integer, ForeignKey("namespaces.id"), primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),  # of what was forgotten, and must not come back by itself
+    Column("kind", Text, nullable=False),  # whether it was an id or a key
+    sqlite_with_rowid=False,
 )
 
 traces = Table(

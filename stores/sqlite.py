@@ -16,12 +16,14 @@ import sqlalchemy as sa
 import uuid_utils
 from sqlalchemy import func, select
 
+from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
 from memory_os.protocols import Profile, State
-from memory_os.stores import digest, fulltext, manifest
+from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
+from memory_os.stores import digest, forgetting, fulltext, manifest, residue, scrub, tombstones
 from memory_os.stores import items as item_rows
-from memory_os.stores.checkup import find_faults, mend
+from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_deep
 from memory_os.stores.database import Database
 from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
 from memory_os.stores.schema import (
@@ -36,7 +38,7 @@ from memory_os.stores.schema import (
     traces,
     vectors,
 )
-from memory_os.trace import trace_from_dict, trace_to_dict
+from memory_os.trace import trace_from_dict, trace_to_dict, without_text
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
@@ -68,28 +70,47 @@ class SqliteStore:
 
     :param path: the file; its folder must exist.
     :param count_tokens: gives a text's length in cl100k_base tokens.
+    :param redact: takes secrets out of all that is stored; names, which cannot be redacted, are refused.
     :raises StoreError: if the file cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, count_tokens: Callable[[str], int]) -> None:
+    def __init__(self, path: Path, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
         self.path = path
+        self._redact = redact
         self._count_tokens = count_tokens
         self._ids: dict[Namespace, int] = {}
         self.database = Database(path)
 
     # -- segments ------------------------------------------------------------------------------------------------
 
-    def append(self, namespace: Namespace, new: Sequence[NewSegment]) -> list[Segment]:
-        """Store in the order given, with lexical entries and pending vectors; leaves out what is already stored."""
+    def append(self, namespace: Namespace, new: Sequence[NewSegment], *, restore: bool = False) -> list[Segment]:
+        """Store in the order given, with lexical entries and pending vectors.
+
+        Leaves out what is already stored, and what was forgotten.
+
+        :param restore: store also what was forgotten.
+        """
         if not new:
             return []
+        new = [self._cleaned(item) for item in new]
         prepared = [self._prepared(item) for item in new]
         with self.database.write() as connection:
+            if restore:
+                ns, _ = self._claim(connection, namespace)
+                tombstones.lift(connection, ns, _names(new))
             return self._insert(connection, namespace, prepared)
+
+    def forgotten(self, namespace: Namespace, new: Sequence[NewSegment]) -> int:
+        """How many of these were forgotten, by id or key, and are not stored again by ``append``."""
+        new = [self._cleaned(item) for item in new]
+        with self.database.read() as connection:
+            gone = tombstones.buried(connection, self._namespace_id(connection, namespace), _names(new))
+        return sum(item.id in gone.ids or item.key in gone.keys for item in new)
 
     def replace(self, namespace: Namespace, new: Sequence[NewSegment]) -> list[Segment]:
         """Store under their keys, in the order given, each in place of what is under its key and differs."""
+        new = [self._cleaned(item) for item in new]
         wanted = {item.key: self._prepared(item) for item in new if item.key}  # the last of several under one key
         if not wanted:
             return []
@@ -101,10 +122,19 @@ class SqliteStore:
                 there |= {row.key: to_segment(row, namespace) for row in connection.execute(query)}
             old = [segment.id for key, segment in there.items() if not _says_the_same(segment, wanted[key][0])]
             if old:
-                self._delete(connection, ns, old)
+                going = digest.with_summaries(connection, ns, old)
+                forgetting.remove(connection, manifest.bank_folder(self.path), ns, going)
+            tombstones.lift(connection, ns, _names([item for item, _, _ in wanted.values()]))
             stored = self._insert(connection, namespace, list(wanted.values()))
         by_key = there | {segment.key: segment for segment in stored if segment.key}
         return [by_key[key] for key in wanted]
+
+    def redacted(self, text: str) -> str:
+        """The text as it would be stored."""
+        return self._redact(text) if self._redact else text
+
+    def _cleaned(self, item: NewSegment) -> NewSegment:
+        return clean_segment(item, self._redact) if self._redact else item
 
     def _prepared(self, item: NewSegment) -> tuple[NewSegment, int, list[str]]:
         """A new segment with its length and its terms, which take time and need no lock."""
@@ -118,6 +148,9 @@ class SqliteStore:
         ns, last_seq = self._claim(connection, namespace)
         keys = self._existing(connection, segments.c.key, [i.key for i, _, _ in prepared if i.key], ns)
         ids = self._existing(connection, segments.c.id, [i.id for i, _, _ in prepared if i.id], ns)
+        gone = tombstones.buried(connection, ns, _names([item for item, _, _ in prepared]))
+        keys.update(gone.keys)
+        ids.update(gone.ids)
         rows, n_terms = [], 0
         lexical: list[list[str]] = []
         for item, n_tokens, terms in prepared:
@@ -194,7 +227,9 @@ class SqliteStore:
 
     def by_key(self, namespace: Namespace, keys: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by the key they were stored under."""
-        return {segment.key: segment for segment in self._having(namespace, segments.c.key, keys) if segment.key}
+        wanted = {clean_key(key, self._redact) if self._redact else key: key for key in keys}
+        found = self._having(namespace, segments.c.key, wanted)
+        return {wanted[segment.key]: segment for segment in found if segment.key}
 
     def _having(self, namespace: Namespace, column: sa.Column[Any], values: Iterable[str]) -> list[Segment]:
         found: list[Segment] = []
@@ -268,48 +303,60 @@ class SqliteStore:
             query = select(namespaces.c.labels).where(sa.or_(namespaces.c.n_segments > 0, items, sa.literal(emptied)))
             return sorted(tuple(json.loads(labels)) for labels in connection.execute(query).scalars())
 
-    def delete(self, namespace: Namespace, ids: Sequence[str], *, items: bool = False) -> dict[str, int]:
-        """Delete segments and the summaries of them, with all that was derived from either; counts by place.
+    def ids(
+        self,
+        namespace: Namespace,
+        *,
+        session: str | None = None,
+        after: datetime | None = None,
+        before: datetime | None = None,
+    ) -> list[str]:
+        """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
+        with self.database.read() as connection:
+            query = select(segments.c.id).where(segments.c.namespace_id == self._namespace_id(connection, namespace))
+            if session is not None:
+                query = query.where(segments.c.session == session)
+            if after is not None:
+                query = query.where(segments.c.created_at >= as_time(after))
+            if before is not None:
+                query = query.where(segments.c.created_at < as_time(before))
+            return list(connection.execute(query.order_by(segments.c.seq)).scalars())
 
-        All scores of the namespace go: nothing tells of which texts they are.
+    def delete(
+        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
+    ) -> dict[str, int]:
+        """Delete segments and the summaries of them for good, with all that was derived from either; counts by place.
+
+        All scores of the namespace go: nothing tells of which texts they are. When it returns, no file of the database
+        holds their text any more, unless ``unfinished`` says so.
 
         :param items: also every item of the namespace, in the same transaction.
+        :param preview: only count.
         """
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
-            counts = self._delete(connection, ns, ids)
+            bank_folder = manifest.bank_folder(self.path)
+            counts, gone = forgetting.forget(connection, bank_folder, ns, ids, preview=preview)
             counts["items"] = item_rows.forget(connection, ns, datetime.now(UTC)) if items else 0
+            deleted = bool(counts["segments"] or counts["items"]) and not preview
+            if deleted:
+                scrub.mark(connection)
+            else:
+                connection.rollback()
+        counts["unfinished"] = int(deleted and not self.database.scrub(None if items else gone))
         return counts
 
-    def _delete(self, connection: sa.Connection, ns: int, ids: Sequence[str]) -> dict[str, int]:
-        places = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
-        counts = dict.fromkeys(places, 0)
-        counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
-        going = digest.with_summaries(connection, ns, ids)
-        counts["bank"] = manifest.forget(connection, manifest.bank_folder(self.path), ns, going)
-        for part in parts(going):
-            query = select(segments.c.pk, segments.c.id).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
-            found = connection.execute(query).all()
-            pks = [row.pk for row in found]
-            own = traces.c.namespace_id == ns
-            mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
-            counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
-            for table in (vectors, summaries, pending):
-                deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
-                counts[table.name] += deleted.rowcount
-            lengths = fulltext.remove(connection, pks)
-            counts["lexical"] += len(lengths)
-            connection.execute(
-                namespaces.update()
-                .where(namespaces.c.id == ns)
-                .values(
-                    n_segments=namespaces.c.n_segments - len(pks),
-                    n_terms=namespaces.c.n_terms - sum(lengths),
-                    epoch=namespaces.c.epoch + 1,
-                )
-            )
-            counts["segments"] += connection.execute(segments.delete().where(segments.c.pk.in_(pks))).rowcount
-        return counts
+    def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
+        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.
+
+        Of the database, its log and its copies, the bank, and the Chroma index.
+        """
+        return residue.files_with(self.path, texts)
+
+    def still_held(self, texts: Iterable[str]) -> set[str]:
+        """Those of the texts that something stored has in it."""
+        with self.database.read() as connection:
+            return forgetting.still_held(connection, set(texts))
 
     def _namespace_id(self, connection: sa.Connection, namespace: Namespace) -> int:
         """The namespace's number; -1, which no row has, if nothing was ever stored in it."""
@@ -413,8 +460,10 @@ class SqliteStore:
             c = segments.c
             # a question names people, and not "summary of jane_eyre.txt"
             who = sa.case((c.kind == "summary", c.role), else_=func.coalesce(c.speaker, c.role))
+            written = sa.type_coerce(c.metadata, sa.Text)
+            echo = sa.case((written.contains(f'"{FIELD}"'), written))
             rows = connection.execute(
-                select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant")
+                select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant", echo)
                 .where(c.namespace_id == ns, c.pk > after)
                 .order_by(c.seq)
             ).all()
@@ -431,8 +480,9 @@ class SqliteStore:
                 asks=bool(ends),
                 replies=bool(replies),
                 terms=terms.get(pk, []),
+                repeats=repeated_by(json.loads(metadata)) if replies and metadata else (),
             )
-            for pk, id_, seq, session, by, created_at, n_tokens, ends, replies in rows
+            for pk, id_, seq, session, by, created_at, n_tokens, ends, replies, metadata in rows
         ]
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
@@ -470,7 +520,10 @@ class SqliteStore:
         matrix: Matrix,
         tokens: Sequence[bytes] | None = None,
     ) -> None:
-        """Store vectors, replacing older ones, and strike the work off; ids that are gone by now are passed over."""
+        """Store vectors and strike the work off; ids that are gone by now are passed over.
+
+        They take the place of another embedder's; one that is there under the same fingerprint stays.
+        """
         by_token: Sequence[bytes | None] = tokens or [None] * len(ids)
         rows = zip(ids, matrix, by_token, strict=True)
         blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
@@ -484,24 +537,23 @@ class SqliteStore:
                 pks = [row.pk for row in found]
                 if not pks:
                     continue
-                replaced = connection.execute(vectors.delete().where(vectors.c.segment_pk.in_(pks))).rowcount
-                if replaced:
-                    connection.execute(
-                        namespaces.update().where(namespaces.c.id == ns).values(epoch=namespaces.c.epoch + 1)
-                    )
-                connection.execute(
-                    vectors.insert(),
-                    [
-                        {
-                            "segment_pk": pk,
-                            "namespace_id": ns,
-                            "fingerprint": fingerprint,
-                            "vector": blobs[id_][0],
-                            "tokens": blobs[id_][1],
-                        }
-                        for pk, id_ in found
-                    ],
-                )
+                theirs = vectors.c.segment_pk.in_(pks)
+                # the epoch stays: what is kept in memory of another embedder's vectors is still right
+                connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
+                made = set(connection.execute(select(vectors.c.segment_pk).where(theirs)).scalars())
+                new = [
+                    {
+                        "segment_pk": pk,
+                        "namespace_id": ns,
+                        "fingerprint": fingerprint,
+                        "vector": blobs[id_][0],
+                        "tokens": blobs[id_][1],
+                    }
+                    for pk, id_ in found
+                    if pk not in made
+                ]
+                if new:
+                    connection.execute(vectors.insert(), new)
                 connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
 
     # -- summaries and activations -------------------------------------------------------------------------------
@@ -514,7 +566,8 @@ class SqliteStore:
     def put_summary(self, namespace: Namespace, id_: str, method: str, text: str) -> None:
         """Store a summary and strike the work off; nothing where the segment is gone by now."""
         with self.database.write() as connection:
-            digest.put_summary(connection, self._namespace_id(connection, namespace), id_, method, text)
+            ns = self._namespace_id(connection, namespace)
+            digest.put_summary(connection, ns, id_, method, self.redacted(text))
 
     def list_for_summary(self, namespace: Namespace, ids: Sequence[str]) -> None:
         """Put segments on the list of those to be summarised."""
@@ -543,6 +596,8 @@ class SqliteStore:
 
     def put_scores(self, namespace: Namespace, values: Mapping[str, Any], *, epoch: int) -> None:
         """Keep what an LLM made of texts, by key, as JSON; nothing if rows went away since ``epoch``."""
+        if self._redact:
+            values = {key: cleaned(value, self._redact) for key, value in values.items()}
         with self.database.write() as connection:
             ns, _ = self._claim(connection, namespace)
             now = connection.execute(select(namespaces.c.epoch).where(namespaces.c.id == ns)).scalar_one()
@@ -552,10 +607,17 @@ class SqliteStore:
     # -- traces --------------------------------------------------------------------------------------------------
 
     def save_trace(self, trace: Trace) -> None:
-        """Store a trace, or replace the one with its id."""
+        """Store a trace, or replace the one with its id; nothing of a turn, or of words, that were forgotten."""
+        if self._redact:
+            trace = clean_trace(trace, self._redact)
         with self.database.write() as connection:
             ns, _ = self._claim(connection, trace.namespace)
+            part_of_it = {trace.query_id, trace.reply_id, *trace.flash, *(e.segment_id for e in trace.ledger)}
+            gone = tombstones.buried(connection, ns, tombstones.Names({id_ for id_ in part_of_it if id_})).ids
             connection.execute(traces.delete().where(traces.c.id == trace.id, traces.c.namespace_id == ns))
+            if trace.query_id in gone or trace.reply_id in gone:
+                return
+            trace = without_text(trace, gone)
             connection.execute(
                 traces.insert().values(
                     id=trace.id,
@@ -593,8 +655,11 @@ class SqliteStore:
 
     # -- care ----------------------------------------------------------------------------------------------------
 
-    def stats(self, namespace: Namespace) -> dict[str, Any]:
-        """Counts of what the namespace holds."""
+    def stats(self, namespace: Namespace, fingerprint: str | None = None) -> dict[str, Any]:
+        """Counts of what the namespace holds.
+
+        :param fingerprint: ``pending`` then counts vectors of another embedder as well, those of items included.
+        """
         with self.database.read() as connection:
             ns = self._namespace_id(connection, namespace)
             mine = segments.c.namespace_id == ns
@@ -612,6 +677,10 @@ class SqliteStore:
                 for table in (vectors, summaries, pending, scores, bank, traces)
             }
             count["items"] = item_rows.count(connection, ns, datetime.now(UTC))
+            if fingerprint is not None:
+                stale = vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint
+                count["pending"] += connection.execute(select(func.count()).where(*stale)).scalar_one()
+                count["pending"] += item_rows.count_pending(connection, ns, fingerprint)
         return {
             "segments": row[0],
             "sessions": row[1],
@@ -633,9 +702,24 @@ class SqliteStore:
         mend(self.database, faults)
         return {kind: len(found) for kind, found in faults.items()}
 
+    def check_deep(
+        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+    ) -> dict[str, list[str]]:
+        """What ``check`` does not look at, row by row; see ``checkup.find_deep_faults``."""
+        return find_deep_faults(self.database, fingerprint, dimension, trace_from_dict, progress)
+
+    def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
+        """Mend what of these is derived; vectors to be made are left on the pending list."""
+        mend_deep(self.database, faults)
+
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+def _names(new: Iterable[NewSegment]) -> tombstones.Names:
+    every = list(new)
+    return tombstones.Names({item.id for item in every if item.id}, {item.key for item in every if item.key})
 
 
 def _says_the_same(segment: Segment, new: NewSegment) -> bool:

@@ -129,7 +129,7 @@ def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     counts = store.delete(ALICE, [gone.id])
     assert counts == {
         "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
-        "items": 0,
+        "traces_blanked": 0, "tombstones": 1, "items": 0, "unfinished": 0,
     }  # fmt: skip
     assert store.search(ALICE, "kite", 5) == []
     assert [id_ for id_, _ in store.search(ALICE, "boat", 5)] == [kept.id]
@@ -145,10 +145,11 @@ def test_vectors_are_pending_until_stored_and_again_when_the_embedder_changes(st
     store.put_vectors(ALICE, "f", [s.id for s in segments], np.eye(2, 4, dtype=np.float32))
     assert store.pending(ALICE, "f", 9) == []
     assert [s.id for s in store.pending(ALICE, "g", 9)] == [s.id for s in segments]
-    epoch, _ = store.vector_epoch(ALICE, "f")
     store.put_vectors(ALICE, "g", [segments[0].id], np.eye(1, 8, dtype=np.float32))
-    assert store.vector_epoch(ALICE, "f")[0] != epoch
     assert store.count_pending(ALICE, "g") == 1
+    assert store.read_vectors(ALICE, "f")[0] == [segments[1].id]
+    store.put_vectors(ALICE, "g", [segments[0].id], np.eye(2, 8, dtype=np.float32)[1:])  # another process came later
+    assert store.read_vectors(ALICE, "g")[2].tolist() == np.eye(1, 8).tolist()
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

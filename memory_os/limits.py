@@ -1,0 +1,221 @@
+"""How long, and of what kind, what is stored may be: one number for each, one error that names it and the fix."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from memory_os.errors import InvalidInputError
+from memory_os.types import NewSegment, Trace
+
+__all__ = [
+    "MAX_FILE_BYTES",
+    "MAX_ITEM_CHARS",
+    "MAX_LABEL_CHARS",
+    "MAX_LINE_CHARS",
+    "MAX_METADATA_CHARS",
+    "MAX_NAME_CHARS",
+    "MAX_PATH_LABELS",
+    "MAX_SEGMENTS_PER_CALL",
+    "MAX_SEQ",
+    "MAX_SOURCE_CHARS",
+    "MAX_TEXT_CHARS",
+    "archive_kind",
+    "check_count",
+    "check_name",
+    "checked_metadata",
+    "checked_segment",
+    "checked_trace",
+    "open_file",
+    "parse_json",
+]
+
+MAX_TEXT_CHARS = 1_000_000
+"""Of a segment, a query, or a text by which an item is found."""
+MAX_NAME_CHARS = 1_024
+"""Of a session, a speaker, a key or an id."""
+MAX_SOURCE_CHARS = 8_192
+MAX_METADATA_CHARS = 100_000
+"""Of a segment's metadata as JSON."""
+MAX_SEGMENTS_PER_CALL = 100_000
+MAX_SEQ = 2**53
+"""An imported number; those that follow need room above it."""
+MAX_ITEM_CHARS = 1_000_000
+"""Of an item's value as JSON."""
+MAX_PATH_LABELS = 64
+MAX_LABEL_CHARS = 1_024
+"""Of a label of an item's path, and of its key."""
+MAX_LINE_CHARS = 16_000_000
+"""Of a line of an export, or of a chat in JSONL."""
+MAX_FILE_BYTES = 1_000_000_000
+"""Of a text, a Markdown file or a chat in JSON, which are read as a whole."""
+
+ROLES = ("user", "assistant", "system", "tool")
+KINDS = ("turn", "document", "note", "summary")
+_ARCHIVES = {
+    b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
+    b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"\x28\xb5\x2f\xfd": "zstd",
+}  # fmt: skip
+
+
+def check_name(
+    name: object, what: str, *, most: int = MAX_NAME_CHARS, source: str | None = None, line: int | None = None
+) -> None:
+    """Make sure that something is a text that can be stored as a name.
+
+    :param what: it is, such as ``"session"``.
+    :raises InvalidInputError: if it is none, too long, or holds what no UTF-8 file can hold.
+    """
+    problem = None
+    if not isinstance(name, str):
+        problem = f"the {what} must be a string, not {type(name).__name__}"
+    elif len(name) > most:
+        problem = f"the {what} has {len(name)} characters, and may have {most}; use a shorter one"
+    elif "\x00" in name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+        problem = f"the {what} holds a NUL or a lone surrogate, which cannot be stored; remove it"
+    if problem:
+        raise InvalidInputError(problem, source=source, line=line)
+
+
+def check_count(n: int) -> None:
+    """Make sure that a call does not bring more segments than one transaction takes.
+
+    :raises InvalidInputError: if it does; nothing was stored.
+    """
+    if n > MAX_SEGMENTS_PER_CALL:
+        raise InvalidInputError(
+            f"{n} segments at once, and a call takes at most {MAX_SEGMENTS_PER_CALL}; give them in several calls"
+        )
+
+
+def checked_metadata(metadata: object, *, source: str | None = None, line: int | None = None) -> dict[str, Any]:
+    """Metadata as plain JSON.
+
+    :raises InvalidInputError: for anything that JSON does not hold, and for more than ``MAX_METADATA_CHARS``.
+    """
+    try:
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"it is no mapping, but {type(metadata).__name__}")
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = f"the metadata cannot be written as JSON: {error}"
+        raise InvalidInputError(problem, source=source, line=line) from error
+    if len(text) > MAX_METADATA_CHARS:
+        raise InvalidInputError(
+            f"the metadata has {len(text)} characters as JSON, and may have {MAX_METADATA_CHARS}; "
+            "store what is long as the text, or as an item",
+            source=source,
+            line=line,
+        )
+    return dict(json.loads(text))
+
+
+def checked_segment(new: NewSegment, *, source: str | None = None, line: int | None = None) -> NewSegment:
+    """The segment as it can be stored.
+
+    :raises InvalidInputError: if it cannot, with what is wrong; nothing was stored.
+    """
+    from memory_os.ingest import check_text
+
+    where: dict[str, Any] = {"source": source, "line": line}
+    check_text(new.text, **where)
+    check_name(new.session, "session", **where)
+    if not new.session.strip():
+        raise InvalidInputError("the session has no name; give it one", **where)
+    for what in ("speaker", "key", "id"):
+        if (name := getattr(new, what)) is not None:
+            check_name(name, what, **where)
+    if new.source is not None:
+        check_name(new.source, "source", most=MAX_SOURCE_CHARS, **where)
+    for what, known in (("role", ROLES), ("kind", KINDS)):
+        if (value := getattr(new, what)) not in known:
+            raise InvalidInputError(f"unknown {what} {str(value)[:80]!r}; known: {', '.join(known)}", **where)
+    if new.seq is not None and not (_is_int(new.seq) and 0 < new.seq <= MAX_SEQ):
+        raise InvalidInputError(f"seq is a number from 1 to {MAX_SEQ}", **where)
+    if new.offset is not None and not _is_span(new.offset):
+        raise InvalidInputError("the offset is two numbers of characters, the start first", **where)
+    if new.created_at is not None and not isinstance(new.created_at, datetime):
+        raise InvalidInputError("created_at is a datetime", **where)
+    return replace(new, metadata=checked_metadata(new.metadata, **where))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_span(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(_is_int(each) for each in value)
+        and 0 <= value[0] <= value[1] <= MAX_SEQ
+    )
+
+
+def checked_trace(trace: Trace) -> Trace:
+    """The trace, if what the store and the reader of a trace rely on is there.
+
+    :raises ValueError: if not.
+    """
+    names: list[object] = [trace.id, trace.controller, trace.config_hash, *trace.flash, *trace.cited, *trace.notes]
+    names += [trace.query, *(name for name in (trace.session, trace.query_id, trace.reply_id) if name is not None)]
+    names += [name for name in (trace.llm, trace.error) if name is not None]
+    numbers: list[object] = [trace.upto, trace.account.limit, trace.account.total]
+    for entry in trace.ledger:
+        names.append(entry.segment_id)
+        numbers += [entry.seq, entry.rank, entry.n_tokens, entry.score, *entry.signals.values()]
+        numbers += entry.contributions.values()
+    numbers += trace.timings_ms.values()
+    if not all(isinstance(name, str) and not any(0xD800 <= ord(c) <= 0xDFFF for c in name) for name in names):
+        raise ValueError("a trace's names and texts are strings")
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= MAX_SEQ for n in numbers):
+        raise ValueError("a trace's numbers are finite numbers")
+    if len(trace.id) > MAX_NAME_CHARS:
+        raise ValueError("a trace's id is too long")
+    json.dumps(trace.timings_ms, allow_nan=False)
+    return trace
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    :raises ValueError: for anything else, nested too deeply or with a number too long among it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def archive_kind(start: bytes) -> str | None:
+    """What sort of archive a file that begins so is; ``None`` for none."""
+    if start[257:262] == b"ustar":
+        return "tar"
+    return next((kind for magic, kind in _ARCHIVES.items() if start.startswith(magic)), None)
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """A regular file, opened to be read.
+
+    A link is followed to what it names; a folder, a device, a pipe or a socket is refused: it may never end.
+
+    :raises InvalidInputError: if it cannot be.
+    """
+    place = Path(path).expanduser()
+    try:
+        if not stat.S_ISREG(place.stat().st_mode):  # before it is opened: to open a pipe waits for its other end
+            raise InvalidInputError(
+                "it is no regular file; name a file, or pipe it in where the command takes - for standard input",
+                source=str(path),
+            )
+        return place.open("rb")
+    except OSError as error:
+        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
+    except ValueError as error:  # a NUL in the name
+        raise InvalidInputError(f"no file has such a name: {error}", source=str(path)) from error

@@ -1,0 +1,352 @@
+"""Many processes, threads and tasks on one store: nothing lost, nothing doubled, nobody locked out, no foreign row."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import sqlite3
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from memory_os import AsyncMemory, Memory
+
+N_PROCESSES, N_WRITES = 8, 500
+SHARED = ("team",)
+
+WRITER = """
+import json, sys, time
+from memory_os import Memory
+
+path, me, n_writes, mixed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "mixed"
+labels = ("team",) if me % 2 else ("own", str(me))
+slowest = 0.0
+with Memory.open(path, embedder="hash") as memory:
+    scope = memory.namespace(*labels).session(f"s{me}")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    kept = []
+    for i in range(n_writes):
+        begun = time.perf_counter()
+        segment = scope.add(f"writer {me} says {i} in {'/'.join(labels)}")
+        slowest = max(slowest, time.perf_counter() - begun)
+        kept.append((segment.seq, segment.id, i))
+        if mixed and i % 20 == 19:
+            scope.forget(segment.id)  # its own
+            kept.pop()
+            scope.items.put(("of", str(me)), str(i), {"n": i}, texts=[("n", f"item {i} of {me}")])
+            scope.context(f"what does writer {me} say", budget=600, record=True)
+    n_recorded = n_writes // 20 if mixed else 0
+print(json.dumps({"labels": labels, "kept": kept, "slowest": slowest, "recorded": n_recorded}))
+"""
+
+READER = """
+import json, sys, time
+from memory_os import Memory
+
+path, labels = sys.argv[1], tuple(sys.argv[2].split("/"))
+seen, rounds = [], 0
+with Memory.open(path, embedder="hash") as memory:
+    scope = memory.namespace(*labels)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    while True:
+        last = len(seen)
+        seen += [(s.seq, s.id) for s in memory.parts.store.scan(labels, after=last)]
+        assert [seq for seq, _ in seen[last:]] == list(range(last + 1, len(seen) + 1)), "a gap"
+        found = [hit.segment for hit in scope.search("what does the writer say", k=5)]
+        found += scope.context("what does the writer say", budget=500).segments
+        assert all(s.text.endswith(" in " + "/".join(labels)) for s in found), "of another namespace"
+        assert found or not seen, "nothing found"
+        rounds += 1
+        if len(seen) == int(sys.argv[3]):
+            break
+        time.sleep(0.02)
+    assert seen == [(s.seq, s.id) for s in memory.parts.store.scan(labels)], "what was read before is another now"
+print(json.dumps({"rounds": rounds}))
+"""
+
+
+class Process:
+    """A real process that says ``ready``, waits to be let go, and ends with one JSON object."""
+
+    def __init__(self, script: str, *args: object) -> None:
+        command = [sys.executable, "-c", script, *map(str, args)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def ready(self) -> None:
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != "ready\n":
+            pytest.fail(self.process.communicate()[1])
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def result(self) -> dict:
+        out, err = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, err
+        assert err == ""
+        return json.loads(out)
+
+
+def run_all(*processes: Process) -> list[dict]:
+    """All at the same time; a process that hangs or fails leaves none behind."""
+    try:
+        for process in processes:
+            process.ready()
+        for process in processes:
+            process.go()
+        return [process.result() for process in processes]
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.wait()
+            for stream in (process.process.stdin, process.process.stdout, process.process.stderr):
+                if stream:
+                    stream.close()
+
+
+def rows(path: Path, labels: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """What the file holds of a namespace, as SQLite says."""
+    connection = sqlite3.connect(path)
+    query = """SELECT s.seq, s.id, s.text FROM segments s JOIN namespaces n ON n.id = s.namespace_id
+        WHERE n.labels = ? ORDER BY s.pk"""
+    found = connection.execute(query, (json.dumps(labels),)).fetchall()
+    connection.close()
+    return found
+
+
+def assert_whole(path: Path, labels: tuple[str, ...], written: dict[int, str], *, gapless: bool = True) -> None:
+    """The namespace holds what was written and nothing else, under the numbers that the writers were told."""
+    there = rows(path, labels)
+    seqs = [seq for seq, _, _ in there]
+    assert seqs == sorted(set(seqs)), "in the order in which rows were written"
+    if gapless:
+        assert seqs == list(range(1, len(seqs) + 1))
+    assert {seq: id_ for seq, id_, _ in there} == written
+    assert len({text for _, _, text in there}) == len(there)
+
+
+@pytest.mark.slow
+def test_eight_processes_write_and_readers_read(tmp_path):
+    path = tmp_path / "memory.db"
+    Memory.open(path, embedder="hash").close()
+    writers = [Process(WRITER, path, me, N_WRITES, "plain") for me in range(N_PROCESSES)]
+    readers = [
+        Process(READER, path, "team", N_PROCESSES // 2 * N_WRITES),
+        Process(READER, path, "own/0", N_WRITES),
+    ]
+    *results, by_team, by_own = run_all(*writers, *readers)
+    written: dict[tuple[str, ...], list] = {}
+    for result in results:
+        written.setdefault(tuple(result["labels"]), []).extend(result["kept"])
+    assert {len(kept) for labels, kept in written.items() if labels != SHARED} == {N_WRITES}
+    assert len(written[SHARED]) == N_PROCESSES // 2 * N_WRITES
+    for labels, kept in written.items():
+        assert_whole(path, labels, {seq: id_ for seq, id_, _ in kept})
+    for result in results:  # each writer's own order is the order of its numbers
+        assert [i for _, _, i in sorted(result["kept"])] == list(range(N_WRITES))
+    assert by_team["rounds"] > 1
+    assert by_own["rounds"] > 1
+    with Memory.open(path, embedder="hash") as memory:
+        assert not any(memory.check().values())
+
+
+@pytest.mark.slow
+def test_writers_that_forget_put_items_and_record_turns(tmp_path):
+    path = tmp_path / "memory.db"
+    n_writes = 60
+    writers = [Process(WRITER, path, me, n_writes, "mixed") for me in range(N_PROCESSES)]  # the file is made by them
+    results = run_all(*writers)
+    with Memory.open(path, embedder="hash") as memory:
+        for labels in {tuple(result["labels"]) for result in results}:
+            mine = [result for result in results if tuple(result["labels"]) == labels]
+            kept = {seq: id_ for result in mine for seq, id_, _ in result["kept"]}
+            there = list(memory.parts.store.scan(labels))
+            asked = [s for s in there if s.text.startswith("what does writer")]
+            assert {s.seq: s.id for s in there if s not in asked} == kept
+            assert len(asked) == sum(result["recorded"] for result in mine)
+            assert len(list(memory.parts.store.traces(labels))) == len(asked)
+            scope = memory.namespace(*labels)
+            assert scope.items.count() == len(asked)
+            last = memory.parts.store.last_seq(labels)
+            assert last == len(mine) * n_writes + len(asked)  # every number was given once
+        assert not any(memory.check().values())
+
+
+@pytest.mark.slow
+def test_a_writer_that_holds_the_lock_delays_others_and_fails_none(tmp_path):
+    path = tmp_path / "memory.db"
+    Memory.open(path, embedder="hash").close()
+    holder = """
+import sqlite3, sys, time
+raw = sqlite3.connect(sys.argv[1], isolation_level=None)
+raw.execute("BEGIN IMMEDIATE")
+print("ready", flush=True)
+sys.stdin.readline()
+time.sleep(4)
+raw.execute("COMMIT")
+print("{}")
+"""
+    hold = Process(holder, path)
+    with Memory.open(path, embedder="hash") as memory:
+        scope = memory.namespace(*SHARED)
+        try:
+            hold.ready()
+            hold.go()
+            with ThreadPoolExecutor(40) as pool:  # more than a pool of connections holds by default
+                writing = [pool.submit(scope.add, f"kite {i}") for i in range(40)]
+                assert scope.history() == []  # who reads is not delayed
+                assert not any(each.done() for each in writing)
+                assert sorted(each.result().seq for each in writing) == list(range(1, 41))
+        finally:
+            hold.result()
+            hold.process.stdin.close()
+
+
+def test_threads(tmp_path):
+    """More of them than a pool of connections holds by default, each with its own scope of one memory."""
+    n_threads, n_writes = 32, 8
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        start = threading.Barrier(n_threads)
+
+        def work(me: int) -> list[tuple[int, str]]:
+            labels = SHARED if me % 2 else ("own", str(me))
+            scope = memory.namespace(*labels)
+            start.wait()
+            kept = []
+            for i in range(n_writes):
+                segment = scope.add(f"thread {me} says {i} in {labels}")
+                kept.append((segment.seq, segment.id))
+                hits = scope.search(f"thread {me} says", k=3)
+                assert hits
+                assert all(hit.segment.text.endswith(f" in {labels}") for hit in hits)
+                assert scope.segment(segment.id) == segment  # what is written is there to be read
+            return kept
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            kept = list(pool.map(work, range(n_threads)))
+    assert_whole(tmp_path / "memory.db", SHARED, dict(pair for me in range(1, n_threads, 2) for pair in kept[me]))
+    for me in range(0, n_threads, 2):
+        assert_whole(tmp_path / "memory.db", ("own", str(me)), dict(kept[me]))
+
+
+def test_asyncio(tmp_path):
+    n_tasks, n_writes = 24, 6
+
+    async def run() -> list[list[tuple[int, str]]]:
+        async with AsyncMemory.open(tmp_path / "memory.db", embedder="hash") as memory:
+
+            async def work(me: int) -> list[tuple[int, str]]:
+                labels = SHARED if me % 2 else ("own", str(me))
+                scope = memory.namespace(*labels)
+                kept = []
+                for i in range(n_writes):
+                    segment, _, context = await asyncio.gather(
+                        scope.add(f"task {me} says {i} in {labels}"),
+                        scope.items.put(("of", str(me)), str(i), {"n": i}),
+                        scope.context(f"task {me} says", budget=500),
+                    )
+                    kept.append((segment.seq, segment.id))
+                    assert all(s.text.endswith(f" in {labels}") for s in context.segments)
+                return kept
+
+            kept = await asyncio.gather(*(work(me) for me in range(n_tasks)))
+            assert await memory.namespace(*SHARED).items.count() == n_tasks // 2 * n_writes
+            return kept
+
+    kept = asyncio.run(run())
+    assert_whole(tmp_path / "memory.db", SHARED, dict(pair for me in range(1, n_tasks, 2) for pair in kept[me]))
+    for me in range(0, n_tasks, 2):
+        assert_whole(tmp_path / "memory.db", ("own", str(me)), dict(kept[me]))
+
+
+CHAT = """
+import sys
+from memory_os import build
+from memory_os.adapters.scripted import ScriptedLLM
+from memory_os.cli.main import run
+
+build.make_llm = lambda name: ScriptedLLM(lambda messages: "I heard: " + messages[-1]["content"].split()[-1])
+build.tokenizer_of = lambda llm: "cl100k_base"
+sys.argv = ["memos", "chat", "--embedder", "hash", "--session", sys.argv[1]]
+run()
+"""
+
+
+class Terminal:
+    """``memos chat`` at a terminal of its own."""
+
+    def __init__(self, folder: Path, session: str) -> None:
+        self.leader, follower = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHAT, session],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env={**os.environ, "MEMOS_STORE": str(folder / "memory.db"), "TERM": "xterm", "XDG_DATA_HOME": str(folder)},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(follower)
+        self.seen = ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.leader, keys)
+
+    def until(self, words: str) -> None:
+        end = time.monotonic() + 120
+        while words not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.leader], [], [], 1)[0]:
+                self.seen += os.read(self.leader, 4096).decode(errors="replace")
+                if "\x1b[6n" in self.seen:  # the editor asks where the cursor is; a real terminal answers
+                    self.seen = self.seen.replace("\x1b[6n", "")
+                    self.type(b"\x1b[1;1R")
+        self.seen = self.seen.split(words, 1)[1]
+
+
+@pytest.mark.slow
+def test_two_terminals_talk_at_the_same_time_on_one_store(tmp_path):
+    n_turns = 6
+    terminals = {name: Terminal(tmp_path, name) for name in ("monday", "tuesday")}
+    try:
+        for terminal in terminals.values():
+            terminal.until("you>")
+        for i in range(n_turns):
+            for name, terminal in terminals.items():  # both have a turn going
+                terminal.type(f"turn {i} word-{name}-{i}\r".encode())
+            for name, terminal in terminals.items():
+                terminal.until(f"I heard: word-{name}-{i}")
+                terminal.until("you>")
+        for terminal in terminals.values():
+            terminal.type(b"/quit\r")
+            assert terminal.process.wait(timeout=30) == 0
+    finally:
+        for terminal in terminals.values():
+            terminal.process.kill()
+            terminal.process.wait()
+            os.close(terminal.leader)
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        scope = memory.namespace("default")
+        for name in terminals:
+            said = [(s.role, re.sub(r"^turn \d+ ", "", s.text)) for s in scope.session(name).history(100)]
+            told = ((("user", f"word-{name}-{i}"), ("assistant", f"I heard: word-{name}-{i}")) for i in range(n_turns))
+            assert said == [each for pair in told for each in pair]
+        whole = scope.history(100)
+        assert [s.seq for s in whole] == list(range(1, 4 * n_turns + 1))
+        assert Counter(trace.outcome for trace in memory.parts.store.traces(scope.labels)) == {"answered": 2 * n_turns}
+        assert not any(memory.check().values())
