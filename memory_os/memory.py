@@ -19,7 +19,7 @@ from memory_os.protocols import ItemChange
 from memory_os.redact import redactor
 from memory_os.trace import Finding, explain
 from memory_os.transfer import export_lines, read_records, replace_file
-from memory_os.turn import Options, Parts, prepare, run_turn
+from memory_os.turn import Options, Parts, marks_of, prepare, run_turn
 from memory_os.types import (
     BankOptions,
     Confirmation,
@@ -255,16 +255,27 @@ class Scope:
         kind: Kind = "turn",
         created_at: datetime | str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        reply_to: Context | None = None,
     ) -> Segment:
         """Store one segment; it is durable when this returns.
 
         :param created_at: when it was said; now, if not given.
+        :param reply_to: the context that this is the model's reply to: what it repeats of that is marked, so that
+            it is no new memory, and the turn's trace, where it was recorded, names the reply.
         :raises InvalidInputError: for text that cannot be stored, or an unknown role or kind.
+        :raises UnknownNameError: if ``reply_to`` is of another namespace.
         """
         if role not in ROLES:
             raise InvalidInputError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
         if kind not in KINDS:
             raise InvalidInputError(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        marks: dict[str, Any] = {}
+        if reply_to is not None:
+            if role != "assistant":
+                raise InvalidInputError(f'a reply is not of the role {role!r}; say role="assistant"')
+            if reply_to.trace.namespace != self.labels:
+                raise UnknownNameError("turn", reply_to.trace.id, hint="it is of another namespace")
+            marks = marks_of(self._parts, check_text(text), reply_to)
         new = NewSegment(
             check_text(text),
             self.session_name or DEFAULT_SESSION,
@@ -272,9 +283,11 @@ class Scope:
             speaker=speaker,
             kind=kind,
             created_at=parse_time(created_at) if created_at is not None else None,
-            metadata=checked_metadata(metadata or {}),
+            metadata={**checked_metadata(metadata or {}), **marks},
         )
         [segment] = self.add_many([new])
+        if reply_to is not None and (trace := self._parts.store.load_trace(self.labels, reply_to.trace.id)):
+            self._parts.store.save_trace(replace(trace, reply_id=segment.id, outcome=Outcome.ANSWERED))
         return segment
 
     def add_many(self, segments: Sequence[NewSegment], *, restore: bool = False, embed: bool = True) -> list[Segment]:
@@ -658,7 +671,7 @@ class Scope:
         :param conversation: the caller's own prompt around the query, in place of the memory's system prompt and
             flash memory; it is counted, and its turns are not recalled again.
         :param record: also store the query as the user's turn, and the trace, as ``chat`` does. Otherwise nothing
-            is stored, and asking again gives the same context. ``answered`` then adds the reply.
+            is stored, and asking again gives the same context. ``add(..., reply_to=context)`` then adds the reply.
         :param asked: the query's own segment, where the caller has stored it: only the trace is then to be stored.
         :raises BudgetError: if the fixed parts alone are over the budget.
         :raises UnknownNameError: if ``asked`` is of another namespace.

@@ -58,7 +58,7 @@ from memory_os.types import (
 from memory_os.view import View
 from memory_os.weights import learned
 
-__all__ = ["Clock", "Options", "Parts", "compose", "prepare", "run_turn"]
+__all__ = ["Clock", "Options", "Parts", "compose", "marks_of", "prepare", "run_turn"]
 
 SYSTEM = "You are a helpful assistant with a long-term memory."
 MAX_PRICES = 50_000
@@ -309,10 +309,11 @@ def compose(
     return Context(packed.messages, packed.text, packed.segments, trace, decision.reply, packed.cached, packed.shown)
 
 
-def _shown(parts: Parts, context: Context) -> list[tuple[Segment, str]]:
-    """The segments that stood in the context, each with its text there."""
+def marks_of(parts: Parts, reply: str, context: Context) -> dict[str, Any]:
+    """Metadata that says what of a reply stood in its context; of the text as it is stored."""
     flash = parts.store.get(context.trace.namespace, context.trace.flash).values()
-    return [*zip(context.segments, context.shown, strict=True), *((segment, segment.text) for segment in flash)]
+    shown = [*zip(context.segments, context.shown, strict=True), *((segment, segment.text) for segment in flash)]
+    return derived(parts.store.redacted(reply), shown)
 
 
 def _breadth(budget: int) -> int:
@@ -412,7 +413,7 @@ def _turn(
         if text.strip():
             metadata = {} if outcome is Outcome.ANSWERED else {"outcome": str(outcome)}
             # what of it the model was shown is no new memory
-            metadata |= derived(parts.store.redacted(text), _shown(parts, context))
+            metadata |= marks_of(parts, text, context)
             reply = NewSegment(text, session, role="assistant", metadata=metadata)
             [said] = parts.store.append(namespace, [reply])
         clock.lap("record")

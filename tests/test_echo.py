@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_os import Memory, NewSegment
+from memory_os import InvalidInputError, Memory, NewSegment
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.echo import MOSTLY, derived, repeated_by
 from memory_os.pack import CLOSE, OPEN
@@ -135,6 +135,25 @@ def test_in_100_turns_no_injected_span_is_stored_as_new_memory(tmp_path):
         assert {entry.action for entry in echoes} == {Action.DROPPED}
         assert len({entry.segment_id for entry in context.ledger}) == len(context.ledger)
     assert all(seen[fact] >= 5 for fact in FACTS)  # as often as it was asked for
+
+
+def test_in_a_loop_of_the_callers_own_replies_are_marked_too(tmp_path):
+    with Memory.open(tmp_path / "memory.db", embedder="hash", tokenizer="gpt-4") as memory:
+        alice = memory.namespace("alice")
+        told = alice.session("told").add(FACTS[0])
+        chat = alice.session("today")
+        context = chat.context(QUESTIONS[0], record=True)
+        with pytest.raises(InvalidInputError, match='role="assistant"'):
+            chat.add(FACTS[0], reply_to=context)
+        said = chat.add(f"You said: {FACTS[0]}", role="assistant", metadata={"model": "m"}, reply_to=context)
+        assert (said.metadata["model"], repeated_by(said.metadata)) == ("m", (told.id,))
+        trace, _ = chat.why(said.id)
+        assert (trace.id, trace.reply_id, trace.outcome) == (context.trace.id, said.id, "answered")
+        assert said.id not in [segment.id for segment in alice.context(QUESTIONS[0]).segments]
+        # a context that is not recorded has no trace to tell, and the marks are made all the same
+        unrecorded = chat.add(FACTS[0], role="assistant", reply_to=alice.context(QUESTIONS[0]))
+        assert repeated_by(unrecorded.metadata) == (told.id,)
+        assert len(list(memory.parts.store.traces(alice.labels))) == 1
 
 
 def test_without_the_guard_memory_does_fill_up(tmp_path, monkeypatch):

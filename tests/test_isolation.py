@@ -319,6 +319,7 @@ def test_ids_of_another_namespace_are_unknown_and_nothing_changes(world, pair):
     world.plant(pair)
     foreign, own = world.told[MINE], world.told[THEIRS]
     mine, scope = foreign["scope"], own["scope"]
+    shown_to_them = mine.context(ASKED)
     before = world.rows(mine.labels), world.rows(scope.labels)
     refused = [
         lambda: scope.segment(foreign["id"]),
@@ -332,6 +333,7 @@ def test_ids_of_another_namespace_are_unknown_and_nothing_changes(world, pair):
         lambda: scope.answered(foreign["trace"], own["reply"]),
         lambda: scope.answered(own["trace"], foreign["reply"]),
         lambda: scope.context("Where?", asked=mine.segment(foreign["query"])),
+        lambda: scope.add("There.", role="assistant", reply_to=shown_to_them),
     ]
     for call in refused:
         with pytest.raises(UnknownNameError):
