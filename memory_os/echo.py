@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import regex
@@ -34,6 +34,10 @@ SIGN = RUN / 12
 MOSTLY = 0.6
 """A share so high leaves no room for a statement of its own beside what is repeated: at most 5 words to 8."""
 SEED = 4
+MAX_PLACES = 100
+"""Of the places where the same four words stand, so many are looked at: a text may be one word a thousand times."""
+MAX_PARTS = 500
+"""Where there are more, one part stands for all, from the first to the last: metadata has a limit."""
 
 _TOKEN = regex.compile(
     r"(?P<sign>[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*)"
@@ -72,9 +76,11 @@ def derived(reply: str, shown: Iterable[tuple[Segment, str]]) -> dict[str, Any]:
     parts = sorted([*_blocks(reply, texts), *_runs(tokens, texts)])
     if not parts:
         return {}
-    covered = [any(start <= t.start and t.end <= end for start, end, _ in parts) for t in tokens]
     whole = sum(token.weight for token in tokens)
-    share = sum(token.weight for token, is_in in zip(tokens, covered, strict=True) if is_in) / whole if whole else 1.0
+    share = sum(token.weight for token in _covered(tokens, parts)) / whole if whole else 1.0
+    if len(parts) > MAX_PARTS:
+        ids = dict.fromkeys(id_ for _, _, of in parts for id_ in of)
+        parts = [(parts[0][0], max(end for _, end, _ in parts), tuple(ids))]
     told = [{"span": [start, end], "of": list(of)} for start, end, of in parts]
     return {FIELD: {"share": round(share, 3), "parts": told}}
 
@@ -97,6 +103,17 @@ def is_echo(segment: Segment, stored: Mapping[str, Segment]) -> bool:
     """
     repeated = repeated_by(segment.metadata)
     return bool(repeated) and all(id_ in stored and stored[id_].seq < segment.seq for id_ in repeated)
+
+
+def _covered(tokens: Sequence[_Token], parts: Sequence[tuple[int, int, tuple[str, ...]]]) -> Iterator[_Token]:
+    """The tokens that lie in a part; both in order."""
+    reach = n = 0
+    for token in tokens:
+        while n < len(parts) and parts[n][0] <= token.start:
+            reach = max(reach, parts[n][1])
+            n += 1
+        if token.end <= reach:
+            yield token
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -128,7 +145,7 @@ def _runs(tokens: Sequence[_Token], texts: Sequence[_Shown]) -> list[tuple[int, 
     wanted = {tuple(words[i : i + SEED]) for i in range(len(words) - SEED + 1)}
     for n, text in enumerate(texts):
         for i in range(len(text.words) - SEED + 1):
-            if (seed := text.words[i : i + SEED]) in wanted:
+            if (seed := text.words[i : i + SEED]) in wanted and len(seeds[seed]) < MAX_PLACES:
                 seeds[seed].append((n, i))
     found: list[tuple[int, int, tuple[str, ...]]] = []
     at = 0

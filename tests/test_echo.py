@@ -137,6 +137,23 @@ def test_in_100_turns_no_injected_span_is_stored_as_new_memory(tmp_path):
     assert all(seen[fact] >= 5 for fact in FACTS)  # as often as it was asked for
 
 
+def test_marks_of_a_very_long_reply_fit_into_its_metadata(tmp_path):
+    with Memory.open(tmp_path / "memory.db", embedder="hash", tokenizer="gpt-4") as memory:
+        alice = memory.namespace("alice")
+        told = alice.add(FACTS[0])
+        context = alice.context(QUESTIONS[0])
+        reply = " ".join(f"{n}: {FACTS[0]}" for n in range(3000))
+        said = alice.add(reply, role="assistant", reply_to=context)
+        assert said.metadata["derived"]["parts"] == [{"span": [3, len(reply) - 1], "of": [told.id]}]
+        assert said.metadata["derived"]["share"] == pytest.approx(13 / 14, abs=0.001)
+
+
+def test_one_word_a_thousand_times_is_marked_as_well():
+    segment = Segment("ha", 1, ("n",), "s", "user", None, "turn", "ha " * 300_000, datetime.now(UTC), 1)
+    [part] = derived("Well: " + "ha " * 2000, [(segment, segment.text)])["derived"]["parts"]
+    assert part["of"] == ["ha"]
+
+
 def test_in_a_loop_of_the_callers_own_replies_are_marked_too(tmp_path):
     with Memory.open(tmp_path / "memory.db", embedder="hash", tokenizer="gpt-4") as memory:
         alice = memory.namespace("alice")
