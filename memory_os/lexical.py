@@ -22,10 +22,11 @@ __all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "language_of", "query_terms",
 
 K1, B = 1.2, 0.75
 
+_PAIRS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u30fc"
+_TRIPLES = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(
-    r"(?P<pairs>[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u30fc]+)"
-    r"|(?P<triples>[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+)"
-    r"|(?P<word>[\p{L}\p{N}][\p{L}\p{N}\p{M}]*)"
+    rf"(?V1)(?P<pairs>[{_PAIRS}]+)|(?P<triples>[{_TRIPLES}]+)"
+    rf"|(?P<word>[\p{{L}}\p{{N}}--{_PAIRS}{_TRIPLES}][\p{{L}}\p{{N}}\p{{M}}--{_PAIRS}{_TRIPLES}]*)"
 )
 _HAN = regex.compile(r"\p{Han}")
 _LETTER = regex.compile(r"\p{L}")
@@ -71,6 +72,8 @@ def terms_of(text: str) -> list[str]:
     ['paint', 'the', 'cafe']
     >>> terms_of("北京大学")
     ['北京', '京大', '大学', '北', '京', '大', '学']
+    >>> terms_of("iPhone手机")
+    ['iphon', '手机', '手', '机']
     """
     terms: list[str] = []
     for script, run in _words(text):

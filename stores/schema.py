@@ -43,7 +43,7 @@ __all__ = [
     "vectors",
 ]
 
-HEAD = "0007"
+HEAD = "0008"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"

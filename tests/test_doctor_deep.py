@@ -115,11 +115,11 @@ def test_what_cannot_be_made_again_is_named_with_what_to_do(path, name):
 
 def test_files_that_anybody_may_write_and_copies_are_named(path):
     path.chmod(0o666)
-    (path.parent / "memory.db.before-0007").touch(0o600)
+    (path.parent / "memory.db.before-0008").touch(0o600)
     with Memory.open(path, embedder="hash") as memory:
         found = memory.check(deep=True)
         assert "memory.db" in found["permissions"]
-        assert found["copies"] == ["memory.db.before-0007"]
+        assert found["copies"] == ["memory.db.before-0008"]
 
 
 def test_a_journal_that_is_no_write_ahead_log_is_named(path, monkeypatch):

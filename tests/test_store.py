@@ -166,8 +166,23 @@ def test_vectors_are_pending_until_stored_and_again_when_the_embedder_changes(st
         ("ฉันมีแมวสีดำชื่อมะลิ", "แมวสีดำ"),
         ("Le café était très bon", "cafe"),
         ("मुझे हिन्दी पसंद है", "हिन्दी"),
+        ("我用iPhone手机", "iPhone"),
+        ("我用iPhone手机", "手机"),
+        ("iPhone을 샀다", "iPhone"),
     ],
-    ids=["english", "chinese", "chinese-1", "japanese", "korean", "thai", "accents", "hindi"],
+    ids=[
+        "english",
+        "chinese",
+        "chinese-1",
+        "japanese",
+        "korean",
+        "thai",
+        "accents",
+        "hindi",
+        "letters between",
+        "after letters",
+        "before a particle",
+    ],
 )
 def test_words_of_every_script_are_found(store, text, query):
     store.append(ALICE, turns("something else entirely", text, "別の話です 다른 이야기 另外的事 อื่น"))
