@@ -7,9 +7,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from memory_os.errors import ConfigError, UnknownNameError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Retention", "Selection", "cutoff", "expire", "forget", "ids_in", "with_summaries"]
 
+TELLING = 8
+"""Bytes of UTF-8: a shorter text stands in any file by chance, and is not looked for."""
 EVERY_S = 3600
 """So often, at most, a memory that stays open looks for what has become too old."""
 
@@ -96,18 +99,38 @@ def forget(
     unique = list(dict.fromkeys(ids))
     if preview:
         return parts.store.delete(namespace, unique, items=items, preview=True)
-    going = parts.store.get(namespace, with_summaries(parts, namespace, unique)) if verify else {}
+    going = _texts(parts, namespace, with_summaries(parts, namespace, unique), items=items) if verify else set()
     counts = parts.store.delete(namespace, unique, items=items)
     if counts["segments"]:
         parts.index.purge(namespace)
     if verify:
-        counts["residue"] = len(residue(parts, {segment.text for segment in going.values()}))
+        counts["residue"] = len(residue(parts, going))
     return counts
+
+
+def _texts(parts: Parts, namespace: Namespace, ids: Sequence[str], *, items: bool) -> set[str]:
+    """What these segments say, and with ``items`` all values and texts of the namespace's items."""
+    texts = {segment.text for segment in parts.store.get(namespace, ids).values()}
+    if items and parts.items:
+        for item in parts.items.scan(namespace, now=datetime.now(UTC)):
+            texts.update(text for _, text in item.texts)
+            texts.update(_strings(item.value))
+    return texts
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every string in a JSON value, but for the names of its fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_strings, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_strings, value))
 
 
 def residue(parts: Parts, texts: set[str]) -> list[str]:
     """The files in which some of these texts stands, although nothing that is stored has it in it."""
-    found = parts.store.files_with(texts)
+    found = parts.store.files_with({text for text in texts if len(text.encode()) >= TELLING})
     held = parts.store.still_held({text for each in found.values() for text in each})
     files = [file for file, each in found.items() if not held.issuperset(each)]
     for file in files:

@@ -510,7 +510,8 @@ class Scope:
         :param before: event times up to, and without, this one.
         :param query: the ``k`` segments that ``search`` finds best for it; see ``would_forget``.
         :param preview: only count.
-        :param verify: also read every file of the store for the text: ``residue`` is how many files hold some.
+        :param verify: also read every file of the store for the text, of at least 8 bytes: ``residue`` is how many
+            files hold some that nothing stored has in it.
         :raises UnknownNameError: if a segment or the session does not exist; nothing was deleted.
         :raises ConfigError: for none or several of the ways, or a time range in which nothing can be.
         """

@@ -149,10 +149,12 @@ def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone
 
 
 HELD = """
-    SELECT EXISTS (SELECT 1 FROM segments WHERE instr(text, :t) OR instr(metadata, :j))
+    SELECT EXISTS (SELECT 1 FROM segments WHERE instr(text, :t) OR instr(metadata, :j) OR instr(session, :t)
+            OR instr(coalesce(speaker, ''), :t) OR instr(coalesce(source, ''), :t) OR instr(coalesce(key, ''), :t))
+        OR EXISTS (SELECT 1 FROM namespaces WHERE instr(labels, :t))
         OR EXISTS (SELECT 1 FROM summaries WHERE instr(text, :t))
         OR EXISTS (SELECT 1 FROM traces WHERE instr(body, :j))
-        OR EXISTS (SELECT 1 FROM items WHERE instr(value, :j))
+        OR EXISTS (SELECT 1 FROM items WHERE instr(value, :j) OR instr(path, :t) OR instr(key, :t))
         OR EXISTS (SELECT 1 FROM item_texts WHERE instr(text, :t))"""
 
 

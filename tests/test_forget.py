@@ -287,6 +287,29 @@ def test_verify_finds_what_is_left_and_passes_over_what_is_stored(memory, tmp_pa
     assert memory.scan_for(SECRET) == {str(copy): [SECRET]}
 
 
+def test_verify_is_not_deceived_by_short_texts_and_names(memory):
+    scope = memory.namespace("integer primary").session("morning walk")
+    for text in ("text", "ok", "morning walk", "integer primary"):  # words of the schema, and names that stay
+        scope.add("Stays.")
+        assert scope.forget(scope.add(text).id, verify=True)["residue"] == 0, text
+
+
+def test_verify_looks_for_items_too(memory, tmp_path):
+    scope = memory.namespace("a")
+    scope.items.put(
+        ("profile",), "pet", {"called": [{"name": SECRET}], "n": 1}, texts=[("by", f"{WORD} in the garden")]
+    )
+    copy = tmp_path / "m.db.before-0001"
+    copy.write_bytes(SECRET.encode())
+    assert scope.forget(everything=True, verify=True)["residue"] == 1
+    copy.write_bytes(f"{WORD} in the garden".encode())
+    scope.items.put(("profile",), "pet", {"n": 1}, texts=[("by", f"{WORD} in the garden")])
+    assert scope.forget(everything=True, verify=True)["residue"] == 1
+    copy.unlink()
+    scope.items.put(("profile",), "pet", {"name": SECRET})
+    assert scope.forget(everything=True, verify=True)["residue"] == 0
+
+
 def test_a_row_that_has_moved_leaves_nothing_behind(tmp_path):
     """Where pages were split and joined, one may keep a copy of a deleted row, despite secure_delete: it is found."""
     path = tmp_path / "moved.db"
