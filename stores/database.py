@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from memory_os.errors import SchemaError, StoreError
-from memory_os.stores import scrub
+from memory_os.stores import files, scrub
 from memory_os.stores.backup import back_up
 from memory_os.stores.schema import HEAD
 
@@ -46,14 +46,16 @@ class Database:
         event.listen(self.engine, "begin", _on_begin)
         self._writer = self.engine.execution_options(memos_write=True)
         self._unclean = False
+        self._inode: files.Inode | None = None
         try:
             self._migrate()
+            self._inode = files.hold(path)
             with self.read() as connection:
                 due = scrub.is_due(connection)
             if due:  # what was forgotten before
                 self.scrub(None, patience_s=1)
         except BaseException:
-            self.engine.dispose()
+            self._disconnect()
             raise
 
     @contextmanager
@@ -134,7 +136,13 @@ class Database:
         self.engine.dispose()
         if self._unclean:
             scrub.scrub(self.engine, self.path, None, patience_s=0)
-            self.engine.dispose()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        self.engine.dispose()
+        if self._inode is not None:
+            files.release(self._inode)
+            self._inode = None
 
 
 def _on_connect(connection: sqlite3.Connection, _: object) -> None:

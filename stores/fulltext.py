@@ -19,6 +19,8 @@ __all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
+MAX_LEVEL_BYTES = 2000
+"""A level takes two bytes."""
 SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
 
 
@@ -31,12 +33,12 @@ def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[st
 
 def remove(connection: sa.Connection, pks: Sequence[int]) -> list[int]:
     """Remove entries; gives back how many terms each of those that existed had."""
-    lengths = []
-    for pk in pks:
-        row = connection.exec_driver_sql("SELECT terms FROM lexical WHERE rowid = ?", (pk,)).one_or_none()
-        if row:
-            lengths.append(len(row[0].split()))
-            connection.exec_driver_sql("DELETE FROM lexical WHERE rowid = ?", (pk,))
+    lengths: list[int] = []
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = connection.exec_driver_sql(f"SELECT terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        lengths += (len(terms.split()) for (terms,) in rows)
+        connection.exec_driver_sql(f"DELETE FROM lexical WHERE rowid IN ({marks})", tuple(part))
     return lengths
 
 
@@ -45,7 +47,10 @@ def compact(connection: sa.Connection) -> None:
 
     Until then their terms stand in its older parts, marked as deleted.
     """
-    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('optimize')")
+    # each "optimize" adds two levels to FTS5's record of the index, which takes one of 2,000 for damage
+    levels = connection.exec_driver_sql("SELECT length(block) FROM lexical_data WHERE id = 10").scalar_one()
+    how = "rebuild" if levels > MAX_LEVEL_BYTES else "optimize"
+    connection.exec_driver_sql(f"INSERT INTO lexical(lexical) VALUES ('{how}')")
 
 
 def unheard(connection: sa.Connection, ns: int, terms: Iterable[str]) -> list[str]:

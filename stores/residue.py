@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from memory_os.stores.files import reading
+
 __all__ = ["files_with", "leftovers", "pieces", "still_there"]
 
 PIECE = 16
@@ -25,7 +27,7 @@ WORTH = 20
 def leftovers(path: Path) -> bytes:
     """The bytes in the unused middle of every page, but for zeros."""
     found: list[bytes] = []
-    with path.open("rb") as file:
+    with reading(path) as file:
         header = file.read(100)
         size = int.from_bytes(header[16:18], "big")
         size = 65536 if size == 1 else size
@@ -87,14 +89,19 @@ def _forms(text: str) -> set[bytes]:
 
 
 def _files(database: Path) -> Iterator[Path]:
-    """Every file whose name, or whose folder's name, begins with the database's: the log, copies, bank and Chroma."""
+    """Every file whose name, or whose folder's name, begins with the database's: the log, copies, bank and Chroma.
+
+    But for the log's index, which has page numbers and no text, and on which SQLite's locks are.
+    """
     for place in sorted(database.parent.iterdir()):
+        if place.name == f"{database.name}-shm":
+            continue
         if place.name == database.name or place.name.startswith((f"{database.name}-", f"{database.name}.")):
             yield from (path for path in [place, *sorted(place.rglob("*"))] if path.is_file())
 
 
 def _blocks(path: Path, overlap: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with reading(path) as file:
         block = b""
         while more := file.read(1 << 24):
             block = (block[-overlap:] if overlap else b"") + more

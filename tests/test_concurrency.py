@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_os import AsyncMemory, Memory
+from memory_os import AsyncMemory, Memory, NewSegment
 
 N_PROCESSES, N_WRITES = 8, 500
 SHARED = ("team",)
@@ -215,6 +215,66 @@ print("{}")
         finally:
             hold.result()
             hold.process.stdin.close()
+
+
+COMES_AND_GOES = """
+import sys
+from memory_os import Memory
+with Memory.open(sys.argv[1], embedder="hash") as memory:
+    scope = memory.namespace("team")
+    scope.add("by one who comes and goes")
+    print([segment.text for segment in scope.history(99)])
+"""
+LOOKS = {
+    "forget": lambda memory, scope: scope.forget(1),
+    "verify": lambda memory, scope: scope.forget(1, verify=True),
+    "scan": lambda memory, scope: memory.scan_for("to be forgotten"),
+    "two": lambda memory, scope: _opened_twice(memory, scope),
+}
+
+
+def _opened_twice(memory, scope):
+    with Memory.open(memory.parts.store.path, embedder="hash") as other:
+        other.namespace(*SHARED).forget(1, verify=True)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_process_that_reads_the_files_keeps_its_locks(tmp_path, look):
+    """Else the next one to close the database deletes the log that this one goes on writing to."""
+    path = tmp_path / "memory.db"
+    come_and_go = [sys.executable, "-c", COMES_AND_GOES, str(path)]
+    with Memory.open(path, embedder="hash") as memory:
+        scope = memory.namespace(*SHARED)
+        scope.add_many([NewSegment(text, "s") for text in ("to be forgotten", "to be kept")])
+        LOOKS[look](memory, scope)
+        log = Path(f"{path}-wal").stat().st_ino
+        subprocess.run(come_and_go, check=True, capture_output=True)
+        assert Path(f"{path}-wal").stat().st_ino == log
+        scope.add("acknowledged")
+        seen = subprocess.run(come_and_go, check=True, capture_output=True, text=True).stdout
+        assert "acknowledged" in seen
+        assert seen.count("comes and goes") == 2
+    with Memory.open(path, embedder="hash") as memory:
+        texts = [segment.text for segment in memory.namespace(*SHARED).history(99)]
+        assert texts[-3:] == ["by one who comes and goes", "acknowledged", "by one who comes and goes"]
+        assert not any(memory.check(deep=True).values())
+
+
+def test_reading_the_files_lets_nobody_into_a_transaction(tmp_path):
+    path = tmp_path / "memory.db"
+    begin = (
+        "import sqlite3, sys\ntry: sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')\n"
+        "except sqlite3.OperationalError as error: print(error)"
+    )
+    with Memory.open(path, embedder="hash") as memory:
+        memory.namespace(*SHARED).add("told")
+        with memory.parts.store.database.write() as connection:
+            connection.exec_driver_sql("UPDATE segments SET speaker = 'Ana'")
+            looking = threading.Thread(target=memory.scan_for, args=("told",))
+            looking.start()
+            looking.join()
+            tried = subprocess.run([sys.executable, "-c", begin, str(path)], check=True, capture_output=True, text=True)
+        assert tried.stdout == "database is locked\n"
 
 
 def test_threads(tmp_path):

@@ -18,7 +18,7 @@ from memory_os import Memory
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.cli.main import run
 from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
-from memory_os.stores import residue
+from memory_os.stores import fulltext, residue
 from memory_os.trace import FORGOTTEN
 from memory_os.types import Confirmation, LLMCall, NewSegment
 
@@ -285,6 +285,28 @@ def test_verify_finds_what_is_left_and_passes_over_what_is_stored(memory, tmp_pa
     assert counts["residue"] == 1
     assert copy.name in caplog.text
     assert memory.scan_for(SECRET) == {str(copy): [SECRET]}
+
+
+@pytest.mark.slow
+def test_after_a_thousand_forgettings_the_word_index_still_takes_one(tmp_path):
+    """Each one compacts FTS5's index, whose record of itself grows by that until it is taken for damaged."""
+    path = tmp_path / "m.db"
+    with Memory.open(path, embedder="hash") as memory:
+        scope = memory.namespace("a")
+        scope.add_many([NewSegment(f"boat number{n}", "s") for n in range(600)])
+        for n in range(1050):
+            with memory.parts.store.database.write() as connection:
+                fulltext.add(connection, [(10**9 + n, 1, ["passing"])])
+                fulltext.remove(connection, [10**9 + n])
+                fulltext.compact(connection)
+        scope.add("a red boat")
+        assert scope.forget(1)["segments"] == 1
+        assert scope.forget(*[segment.id for segment in scope.history(550)])["segments"] == 550
+        scope.add("a green boat")
+    with Memory.open(path, embedder="hash") as memory:
+        assert memory.parts.store.search(("a",), "green", 5)
+        assert memory.namespace("a").forget(everything=True)["lexical"] == 51
+        assert not any(memory.check(deep=True).values())
 
 
 def test_verify_is_not_deceived_by_short_texts_and_names(memory):
