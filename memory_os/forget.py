@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -90,21 +89,29 @@ def ids_in(parts: Parts, namespace: Namespace, selection: Selection) -> list[str
 
 
 def forget(
-    parts: Parts, namespace: Namespace, ids: Sequence[str], *, items: bool, preview: bool, verify: bool
+    parts: Parts,
+    going: Mapping[Namespace, Sequence[str]],
+    *,
+    everything: bool = False,
+    preview: bool = False,
+    verify: bool = False,
 ) -> dict[str, int]:
     """Delete segments and what is derived from them; counts by place.
 
+    :param everything: all that the namespaces hold, whatever segments are named.
     :param verify: also read every file of the store for the text: ``residue`` is how many files hold some.
     """
-    unique = list(dict.fromkeys(ids))
-    if preview:
-        return parts.store.delete(namespace, unique, items=items, preview=True)
-    going = _texts(parts, namespace, with_summaries(parts, namespace, unique), items=items) if verify else set()
-    counts = parts.store.delete(namespace, unique, items=items)
-    if counts["segments"]:
-        parts.index.purge(namespace)
-    if verify:
-        counts["residue"] = len(residue(parts, going))
+    texts: set[str] = set()
+    if verify and not preview:
+        for namespace, ids in going.items():
+            texts |= _texts(parts, namespace, with_summaries(parts, namespace, ids), items=everything)
+    deleted = parts.store.delete(going, everything=everything, preview=preview)
+    counts = {**deleted.counts, "unfinished": 0}
+    if deleted.mark:
+        purged = parts.index.purge(going if deleted.alone else None)
+        counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged))
+    if verify and not preview:
+        counts["residue"] = len(residue(parts, texts))
     return counts
 
 
@@ -156,11 +163,9 @@ def expire(
 ) -> dict[str, int]:
     """Forget what is older than so many days in these namespaces; counts by place."""
     before = cutoff(days)
-    total: Counter[str] = Counter()
-    for namespace in namespaces:
-        ids = parts.store.ids(namespace, before=before)
-        total.update(forget(parts, namespace, ids, items=False, preview=preview, verify=verify))
-    return dict(total)
+    old = {namespace: parts.store.ids(namespace, before=before) for namespace in namespaces}
+    going = {namespace: ids for namespace, ids in old.items() if ids}
+    return forget(parts, going, preview=preview, verify=verify)
 
 
 class Retention:

@@ -9,7 +9,7 @@ file format (https://sqlite.org/fileformat2.html), so that it is known when the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 __all__ = ["files_with", "leftovers", "pieces", "still_there"]
@@ -58,7 +58,7 @@ def pieces(text: str, tail: str = "") -> set[bytes]:
     return {row[start : start + PIECE] for start in range(0, len(whole), PIECE)}
 
 
-def still_there(path: Path, wanted: set[bytes]) -> bool:
+def still_there(path: Path, wanted: Collection[bytes]) -> bool:
     """Whether a page may have kept some of what is gone; also true where looking takes longer than writing anew."""
     unused = leftovers(path)
     if len(unused) * len(wanted) > WORTH * path.stat().st_size:

@@ -1,0 +1,332 @@
+"""Forgetting where it is hard: a projection that nobody opened, a kill in between, names that mislead, what comes back."""
+
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from memory_os import Memory
+from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
+from memory_os.errors import InvalidInputError
+from memory_os.stores import residue, scrub
+from memory_os.trace import FORGOTTEN
+from memory_os.types import NewSegment
+
+SECRET = "The Zanzibarian password is früh-Ω-4711, and nobody else knows it."
+
+
+def opened(path, llm=None, embedder="hash", **options) -> Memory:
+    return Memory.open(path, llm=llm or ScriptedLLM(lambda messages: "Noted."), embedder=embedder, **options)
+
+
+@pytest.fixture
+def memory(tmp_path):
+    with opened(tmp_path / "m.db") as memory:
+        yield memory
+
+
+def exported(scope) -> list[str]:
+    file = io.StringIO()
+    scope.export(file)
+    return file.getvalue().splitlines()
+
+
+def due(path) -> bool:
+    """Whether the database says that its files are still to be scrubbed."""
+    with closing(sqlite3.connect(path)) as raw:
+        return raw.execute("PRAGMA user_version").fetchone() != (0,)
+
+
+# -- Chroma's copy -----------------------------------------------------------------------------------------------------
+
+
+def indexed(path, embedder="hash") -> tuple[str, bytes]:
+    """A store with a Chroma index; the secret's id and vector."""
+    with opened(path, vectors="chroma", embedder=embedder) as memory:
+        scope = memory.namespace("a")
+        scope.add_many([NewSegment(f"The boat number {n} is blue.", "s") for n in range(20)])
+        secret = scope.add(SECRET)
+        scope.search("boat")
+        ids, _, rows, _ = memory.parts.store.read_vectors(("a",), memory.parts.embedder.fingerprint)
+        return secret.id, rows[ids.index(secret.id)].tobytes()
+
+
+def holders(folder, *wanted: bytes) -> list[str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return sorted(file.name for file in files if any(each in file.read_bytes() for each in wanted))
+
+
+def test_an_index_that_this_process_has_not_opened_goes(tmp_path):
+    path = tmp_path / "m.db"
+    id_, vector = indexed(path)
+    assert "chroma.sqlite3" in holders(tmp_path, vector)
+    with opened(path) as memory:
+        assert memory.namespace("a").forget(id_)["unfinished"] == 0
+        assert holders(tmp_path, vector, id_.encode()) == []
+    with opened(path, vectors="chroma") as memory:
+        assert memory.namespace("a").search("boat", k=1)
+
+
+OWNER = """
+import sys
+from memory_os import Memory
+with Memory.open(sys.argv[1], embedder="hash", vectors="chroma"):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_index_that_another_process_owns_is_named_and_goes_later(tmp_path):
+    path = tmp_path / "m.db"
+    id_, vector = indexed(path)
+    told = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-P", "-c", OWNER, str(path)], **told) as owner:
+        assert owner.stdout.readline() == "open\n"
+        with opened(path) as memory:
+            assert memory.namespace("a").forget(id_)["unfinished"] == 1
+        assert due(path)
+        owner.stdin.close()
+        assert owner.wait(timeout=60) == 0
+    with opened(path):
+        assert not due(path)
+    assert holders(tmp_path, vector, id_.encode()) == []
+
+
+def test_killed_before_the_index_is_purged_it_is_done_at_the_next_open(tmp_path):
+    path = tmp_path / "m.db"
+    id_, vector = indexed(path)
+    if not (pid := os.fork()):
+        memory = opened(path, vectors="chroma")
+        memory.parts.index.purge = lambda namespaces: os._exit(9)
+        memory.namespace("a").forget(id_)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    with opened(path, vectors="chroma") as memory:
+        assert holders(tmp_path, vector, id_.encode()) == []
+        assert memory.namespace("a").search("boat", k=1)
+
+
+def test_an_index_that_cannot_be_purged_costs_no_receipt(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "m.db"
+    id_, vector = indexed(path)
+    from memory_os.stores.chroma import ChromaIndex
+
+    def broken(self):
+        raise sqlite3.OperationalError("database is locked")
+
+    with opened(path, vectors="chroma") as memory:
+        monkeypatch.setattr(ChromaIndex, "_clean", broken)
+        assert memory.namespace("a").forget(id_)["unfinished"] == 1
+        assert "database is locked" in caplog.text
+        monkeypatch.undo()
+        assert memory.namespace("a").search("boat", k=1)
+    assert holders(tmp_path, vector, id_.encode()) == []  # done at close
+    assert not due(path)
+
+
+class Renamed(HashEmbedder):
+    fingerprint = "another"
+
+
+def test_what_another_embedder_indexed_goes_too(tmp_path):
+    path = tmp_path / "m.db"
+    id_, vector = indexed(path, Renamed())
+    with opened(path, vectors="chroma") as memory:
+        assert memory.namespace("a").forget(id_)["unfinished"] == 0
+        assert holders(tmp_path, vector, id_.encode()) == []
+
+
+def test_what_an_earlier_deletion_left_is_looked_for_by_the_next(tmp_path, monkeypatch):
+    """Else the second would strike off the first one's mark, having looked for its own text only."""
+    path = tmp_path / "m.db"
+    with opened(path, vectors="chroma") as memory:
+        scope, other = memory.namespace("a"), memory.namespace("b")
+        first, second = scope.add(SECRET), other.add("The boat is blue, and nobody cares.")
+        scope.search("boat")
+        asked, purged = [], []
+        monkeypatch.setattr(scrub, "still_there", lambda *told: asked.append(told))
+        real = memory.parts.index.purge
+        monkeypatch.setattr(memory.parts.index, "purge", lambda which: purged.append(which) or real(which))
+        with monkeypatch.context() as patch:
+            patch.setattr(scrub, "_log_emptied", lambda connection: False)  # as where another process reads
+            assert scope.forget(first.id)["unfinished"] == 1
+        assert other.forget(second.id)["unfinished"] == 0
+        assert asked == []  # written anew instead: of the first nothing is known any more
+        assert purged[1] is None
+        assert not due(path)
+
+
+def test_a_deletion_strikes_off_no_mark_but_its_own(memory, tmp_path, monkeypatch):
+    scope = memory.namespace("a")
+    first, second = scope.add(SECRET), scope.add("The boat is blue, and nobody cares.")
+    store = memory.parts.store
+    one = store.delete({("a",): [first.id]})
+    two = store.delete({("a",): [second.id]})
+    assert (one.alone, two.alone, two.gone) == (True, False, None)
+    assert store.scrub(one, index_purged=True)
+    assert due(tmp_path / "m.db")
+    assert store.scrub(two, index_purged=True)
+    assert not due(tmp_path / "m.db")
+
+
+# -- receipts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_says_what_was_deleted_and_nothing_else(memory):
+    scope, store = memory.namespace("a"), memory.parts.store
+    scope.add("x")
+    store.put_scores(("a",), {"k": "The Zanzibarian answer"}, epoch=store.state(("a",), "f").epoch)
+    assert not any(scope.forget(before="2000-01-01").values())
+    assert store.read_scores(("a",), ["k"])
+    assert scope.forget(everything=True)["scores"] == 1
+
+
+def test_everything_is_also_what_belongs_to_no_segment(memory):
+    scope, store = memory.namespace("a"), memory.parts.store
+    scope.session("q").chat("The Zanzibarian PIN?")
+    trace = scope.why()[0]
+    alone = [line for line in exported(scope) if "segment" not in json.loads(line)]
+    other = memory.namespace("b")
+    other.import_(alone)
+    store.put_scores(("b",), {"k": "The Zanzibarian answer"}, epoch=store.state(("b",), "f").epoch)
+    store.save_trace(replace(trace, id="t2", namespace=("b",), query_id=None, reply_id=None))
+    lines = exported(other)
+    counts = other.forget(everything=True)
+    assert (counts["segments"], counts["traces"], counts["scores"], counts["unfinished"]) == (0, 2, 1, 0)
+    scope.forget(everything=True)
+    assert memory.scan_for("Zanzibarian") == {}
+    other.import_(lines)
+    assert list(store.traces(("b",))) == []
+    other.import_(lines, restore=True)
+    assert len(list(store.traces(("b",)))) == 2
+
+
+def test_expire_scrubs_and_verifies_once_for_all_namespaces(memory, tmp_path, monkeypatch):
+    for name in "abc":
+        memory.namespace(name).add(f"An old Zanzibarian text of {name}", created_at="2020-01-01")
+    (tmp_path / "m.db.before-0001").write_bytes(b"".join(f"An old Zanzibarian text of {n}".encode() for n in "abc"))
+    assert memory.expire(90, preview=True)["segments"] == 3
+    counts = memory.expire(90, verify=True)
+    assert (counts["segments"], counts["residue"], counts["unfinished"]) == (3, 1, 0)
+
+
+# -- it does not come back ---------------------------------------------------------------------------------------------
+
+
+def test_items_stay_gone_after_an_import_until_they_are_put_or_restored(memory):
+    scope = memory.namespace("a")
+    scope.items.put(("f",), "k", {"secret": "PIN 4711"}, texts=[("t", "PIN 4711")])
+    scope.items.put(("f", "g"), "l", {"v": 1})
+    lines = exported(scope)
+    counts = scope.forget(everything=True)
+    assert (counts["items"], counts["tombstones"]) == (2, 2)
+    assert memory.scan_for("PIN 4711") == {}
+    assert (scope.import_(lines), scope.import_(lines).forgotten, scope.items.count()) == ((0, 0), 2, 0)
+    assert memory.namespace("b").import_(lines).forgotten == 0
+    scope.items.delete(("f",), "k")
+    assert scope.import_(lines).forgotten == 2
+    scope.items.put(("f",), "k", {"secret": "another"})
+    assert scope.import_(lines).forgotten == 1
+    assert scope.items.get(("f",), "k").value == {"secret": "another"}
+    assert scope.import_(lines, restore=True).forgotten == 0
+    assert scope.items.count() == 2
+
+
+@pytest.mark.parametrize("field", ["of", "background"])
+def test_a_summary_of_what_was_forgotten_is_not_stored(memory, field):
+    scope = memory.namespace("a")
+    secret = scope.add(SECRET)
+    told = {"of": [], "background": [], field: [secret.id]}
+    other = memory.namespace("b")
+    other.import_(exported(scope))
+    memory.parts.store.append(("b",), [NewSegment("In short", "s", kind="summary", metadata=told, key="summary.1")])
+    lines = exported(other)
+    scope.forget(secret.id)
+    done = scope.import_(lines)
+    assert (done, done.forgotten, scope.history()) == ((0, 0), 2, [])
+    assert scope.import_(lines, restore=True) == (2, 0)
+
+
+def test_a_source_forgotten_while_its_summary_is_made_leaves_none(tmp_path):
+    path, file = tmp_path / "m.db", tmp_path / "doc.txt"
+    file.write_text(SECRET)
+
+    def forgets(messages):
+        scope = memory.namespace("a")
+        scope.forget(*[segment.id for segment in scope.history()])
+        return "In short: früh-Ω-4711"
+
+    with opened(path, llm=ScriptedLLM(forgets)) as memory:
+        with pytest.raises(InvalidInputError, match="forgotten meanwhile"):
+            memory.namespace("a").summarize(file)
+        assert memory.namespace("a").history() == []
+        assert memory.scan_for("In short") == {}
+
+
+# -- names that mislead ------------------------------------------------------------------------------------------------
+
+
+def test_an_id_that_is_a_number_is_an_id_first(memory):
+    scope = memory.namespace("a")
+    victim, target = scope.add_many([NewSegment("victim", "s"), NewSegment("target", "s", id="1")])
+    assert scope.segment("1") == target
+    assert scope.segment(1) == scope.segment("#1") == victim
+    assert scope.forget(target.id)["segments"] == 1
+    assert scope.history() == [victim]
+    assert scope.segment("1") == victim  # by its number, now that no id says so
+
+
+def test_a_trace_is_found_by_its_own_id_first(memory):
+    scope = memory.namespace("a")
+    scope.session("q").chat("one")
+    scope.session("q").chat("two")
+    first, second = memory.parts.store.traces(("a",))
+    memory.parts.store.save_trace(replace(second, id="1"))
+    assert {trace.id for trace in memory.parts.store.traces(("a",))} == {first.id, second.id, "1"}
+    assert scope.why("1")[0].id == "1"
+    assert scope.why(1)[0].id == first.id
+
+
+# -- answers that were told --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["ledger", "flash"])
+def test_an_answer_without_evidence_rests_on_what_stood_before_the_llm(memory, place):
+    scope = memory.namespace("a")
+    secret, other = scope.session("q").add(SECRET), scope.session("q").add("The boat is blue.")
+    scope.session("q" if place == "flash" else "later").chat("What is the Zanzibarian password?")
+    scope.confirm(answer="It is früh-Ω-4711")
+    trace = scope.why()[0]
+    assert trace.cited == ()
+    assert secret.id in (trace.flash if place == "flash" else [e.segment_id for e in trace.ledger])
+    memory.parts.store.save_trace(replace(trace, cited=(other.id,)))  # then it rests on what is cited
+    assert scope.forget(scope.add("Something else.").id)["traces_blanked"] == 0
+    memory.parts.store.save_trace(trace)
+    scope.forget(secret.id)
+    assert scope.why()[0].confirmation.answer == FORGOTTEN
+    assert memory.scan_for("früh-Ω-4711") == {}
+    memory.parts.store.save_trace(trace)
+    assert scope.why()[0].confirmation.answer == FORGOTTEN
+
+
+@pytest.mark.parametrize("by", ["evidence", "cited"])
+def test_an_answer_stays_blank_when_its_trace_comes_back(memory, by):
+    """Also where it rests on what was no candidate of its turn."""
+    scope = memory.namespace("a")
+    secret = scope.add(SECRET)
+    scope.session("q").chat("Tell me about boats")
+    scope.confirm(answer="It is früh-Ω-4711", evidence=[secret.id] if by == "evidence" else None)
+    trace = scope.why()[0]
+    trace = replace(trace, ledger=(), flash=(), cited=(secret.id,) if by == "cited" else ())
+    memory.parts.store.save_trace(trace)
+    lines = exported(scope)
+    scope.forget(secret.id)
+    scope.import_(lines)
+    assert scope.why()[0].confirmation.answer == FORGOTTEN
+    assert memory.scan_for("früh-Ω-4711") == {}
