@@ -99,7 +99,8 @@ def forget(
     """Delete segments and what is derived from them; counts by place.
 
     :param everything: all that the namespaces hold, whatever segments are named.
-    :param verify: also read every file of the store for the text: ``residue`` is how many files hold some.
+    :param verify: also read every file of the store for the text: ``residue`` is how many files hold some, and
+        ``still_held`` how many of the texts stand in something that is still stored, in any namespace.
     """
     texts: set[str] = set()
     if verify and not preview:
@@ -108,10 +109,14 @@ def forget(
     deleted = parts.store.delete(going, everything=everything, preview=preview)
     counts = {**deleted.counts, "unfinished": 0}
     if deleted.mark:
+        if parts.bank:
+            for namespace in going:
+                parts.bank.release(namespace)
         purged = parts.index.purge(going if deleted.alone else None)
         counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged))
     if verify and not preview:
-        counts["residue"] = len(residue(parts, texts))
+        files, held = residue(parts, texts)
+        counts |= {"residue": len(files), "still_held": len(held)}
     return counts
 
 
@@ -135,14 +140,17 @@ def _strings(value: object) -> Iterator[str]:
         yield from chain.from_iterable(map(_strings, value))
 
 
-def residue(parts: Parts, texts: set[str]) -> list[str]:
-    """The files in which some of these texts stands, although nothing that is stored has it in it."""
+def residue(parts: Parts, texts: set[str]) -> tuple[list[str], set[str]]:
+    """The files in which some of these texts stands, and those of the texts that something stored has in it.
+
+    Files in which stand none but these are left out.
+    """
     found = parts.store.files_with({text for text in texts if len(text.encode()) >= TELLING})
     held = parts.store.still_held({text for each in found.values() for text in each})
     files = [file for file, each in found.items() if not held.issuperset(each)]
     for file in files:
         log.warning("%s still holds text that was forgotten", file)
-    return files
+    return files, held
 
 
 def cutoff(days: float) -> datetime:

@@ -511,7 +511,7 @@ class Scope:
         :param query: the ``k`` segments that ``search`` finds best for it; see ``would_forget``.
         :param preview: only count.
         :param verify: also read every file of the store for the text, of at least 8 bytes: ``residue`` is how many
-            files hold some that nothing stored has in it.
+            files hold some that nothing stored has in it, ``still_held`` how many of the texts something stored has.
         :raises UnknownNameError: if a segment or the session does not exist; nothing was deleted.
         :raises ConfigError: for none or several of the ways, or a time range in which nothing can be.
         """

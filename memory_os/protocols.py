@@ -258,6 +258,9 @@ class Bank(Protocol):
     def status(self, namespace: Namespace, fingerprint: str) -> BankStatus:
         """What is there now."""
 
+    def release(self, namespace: Namespace) -> None:
+        """Let go of what is in memory of segments that are gone."""
+
     def drop(self, namespace: Namespace) -> None:
         """Remove everything of the namespace."""
 

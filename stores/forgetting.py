@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from memory_os.stores import digest, fulltext, items, manifest, tombstones
-from memory_os.stores.residue import pieces
+from memory_os.stores.matching import Matcher
+from memory_os.stores.residue import forms_of, pieces
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import namespaces, pending, scores, segments, summaries, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict, without_text
@@ -170,17 +171,24 @@ def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone
     return n_blanked
 
 
-HELD = """
-    SELECT EXISTS (SELECT 1 FROM segments WHERE instr(text, :t) OR instr(metadata, :j) OR instr(session, :t)
-            OR instr(coalesce(speaker, ''), :t) OR instr(coalesce(source, ''), :t) OR instr(coalesce(key, ''), :t))
-        OR EXISTS (SELECT 1 FROM namespaces WHERE instr(labels, :t))
-        OR EXISTS (SELECT 1 FROM summaries WHERE instr(text, :t))
-        OR EXISTS (SELECT 1 FROM traces WHERE instr(body, :j))
-        OR EXISTS (SELECT 1 FROM items WHERE instr(value, :j) OR instr(path, :t) OR instr(key, :t))
-        OR EXISTS (SELECT 1 FROM item_texts WHERE instr(text, :t))"""
+HELD = (
+    "SELECT text, metadata, session, speaker, source, key FROM segments",
+    "SELECT labels FROM namespaces",
+    "SELECT text FROM summaries",
+    "SELECT body FROM traces",
+    "SELECT value, path, key FROM items",
+    "SELECT text FROM item_texts",
+)
+BETWEEN = b"\xff"  # stands in no text
 
 
 def still_held(connection: sa.Connection, texts: Collection[str]) -> set[str]:
     """Those of the texts that stand in something that is stored, also as a part of it."""
-    query = sa.text(HELD)
-    return {t for t in texts if connection.execute(query, {"t": t, "j": json.dumps(t)[1:-1]}).scalar_one()}
+    forms = forms_of(texts)
+    matcher = Matcher(forms)
+    held: set[str] = set()
+    for query in HELD if forms else ():
+        for rows in connection.exec_driver_sql(query).partitions(1000):
+            said = BETWEEN.join(value.encode() for row in rows for value in row if value)
+            held.update(text for form in matcher.found(said) for text in forms[form])
+    return held

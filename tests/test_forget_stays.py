@@ -1,4 +1,4 @@
-"""Forgetting where it is hard: a projection that nobody opened, a kill in between, names that mislead, what comes back."""
+"""Forgetting where it is hard: an index that nobody opened, kills in between, names that mislead, what comes back."""
 
 import io
 import json
@@ -8,14 +8,16 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memory_os import Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.errors import InvalidInputError
-from memory_os.stores import residue, scrub
+from memory_os.stores import scrub
+from memory_os.stores.matching import Matcher
 from memory_os.trace import FORGOTTEN
 from memory_os.types import NewSegment
 
@@ -130,13 +132,11 @@ def test_an_index_that_cannot_be_purged_costs_no_receipt(tmp_path, monkeypatch, 
     assert not due(path)
 
 
-class Renamed(HashEmbedder):
-    fingerprint = "another"
-
-
 def test_what_another_embedder_indexed_goes_too(tmp_path):
     path = tmp_path / "m.db"
-    id_, vector = indexed(path, Renamed())
+    other = HashEmbedder()
+    other.fingerprint = "another"
+    id_, vector = indexed(path, other)
     with opened(path, vectors="chroma") as memory:
         assert memory.namespace("a").forget(id_)["unfinished"] == 0
         assert holders(tmp_path, vector, id_.encode()) == []
@@ -330,3 +330,85 @@ def test_an_answer_stays_blank_when_its_trace_comes_back(memory, by):
     scope.import_(lines)
     assert scope.why()[0].confirmation.answer == FORGOTTEN
     assert memory.scan_for("früh-Ω-4711") == {}
+
+
+# -- what verify looks for ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_patterns_are_found_exactly(data):
+    """Of few letters, so that words repeat and overlap, at every alignment."""
+    letters = st.lists(st.sampled_from([b"a", b"b", "ü".encode()]), max_size=40).map(b"".join)
+    block = data.draw(letters) + data.draw(letters)
+    cuts = st.tuples(st.integers(0, len(block)), st.integers(0, len(block)))
+    parts = data.draw(st.lists(cuts.map(lambda ends: block[min(ends) : max(ends)]), max_size=8))
+    patterns = {each for each in [*parts, *data.draw(st.lists(letters, max_size=8))] if each}
+    assert Matcher(patterns).found(block) == {each for each in patterns if each in block}
+
+
+def test_a_text_across_two_blocks_is_found(memory, tmp_path):
+    size = 1 << 24
+    copy = tmp_path / "m.db.before-0001"
+    for before in (size - 1, size - 20, size - len(SECRET.encode()) + 1):
+        copy.write_bytes(b"x" * before + SECRET.encode() + b"x")
+        assert memory.scan_for(SECRET) == {str(copy): [SECRET]}
+
+
+def test_verify_says_where_the_text_is_still_stored(memory):
+    scope = memory.namespace("a")
+    first = scope.add(SECRET)
+    memory.namespace("b").add("meta", metadata={"said": SECRET})
+    counts = scope.forget(first.id, verify=True)
+    assert (counts["residue"], counts["still_held"]) == (0, 1)
+    memory.namespace("b").forget(everything=True)
+    memory.namespace("b").items.put(("f",), "k", {"said": SECRET})
+    counts = scope.forget(scope.add(SECRET).id, verify=True)
+    assert (counts["residue"], counts["still_held"]) == (0, 1)
+    memory.namespace("b").forget(everything=True)
+    counts = scope.forget(scope.add(SECRET).id, verify=True)
+    assert (counts["residue"], counts["still_held"]) == (0, 0)
+
+
+# -- the bank ----------------------------------------------------------------------------------------------------------
+
+
+def kept(memory, *ids):
+    import torch
+
+    from memory_os.protocols import KV
+
+    kv = KV((1, 2, 3), torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 8))
+    return memory.parts.bank.put(("a",), "f", dict.fromkeys(ids, kv), 1)
+
+
+def test_forgotten_before_it_is_written_nothing_of_it_is(tmp_path):
+    from memory_os.stores.bank import SegmentBank
+
+    path = tmp_path / "m.db"
+    with opened(path) as memory:
+        secret = memory.namespace("a").add(SECRET)
+    if not (pid := os.fork()):
+        memory = opened(path)
+        write = SegmentBank._write_aside
+
+        def late(self, *told):
+            with opened(path) as other:
+                other.namespace("a").forget(secret.id)
+            write(self, *told)
+            os._exit(9)
+
+        SegmentBank._write_aside = late
+        kept(memory, secret.id)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [file.stat().st_size for file in tmp_path.rglob("*.tmp")] in ([], [0])
+
+
+def test_what_the_bank_has_in_memory_of_it_is_let_go(memory):
+    scope, bank = memory.namespace("a"), memory.parts.bank
+    secret, other = scope.add(SECRET), scope.add("The boat is blue.")
+    assert kept(memory, secret.id, other.id) == []
+    assert len(bank.get(("a",), "f", [secret.id, other.id])) == 2
+    scope.forget(secret.id)
+    assert [key[2] for key in bank._resident] == [key[2] for key in bank._verified] == [other.id]
+    assert bank._tables == {}
