@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from memory_os import Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.errors import InvalidInputError
-from memory_os.stores import scrub
+from memory_os.stores import residue, scrub
 from memory_os.stores.matching import Matcher
 from memory_os.trace import FORGOTTEN
 from memory_os.types import NewSegment
@@ -412,3 +412,54 @@ def test_what_the_bank_has_in_memory_of_it_is_let_go(memory):
     scope.forget(secret.id)
     assert [key[2] for key in bank._resident] == [key[2] for key in bank._verified] == [other.id]
     assert bank._tables == {}
+
+
+# -- to the last byte --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_too_much_to_look_for_is_written_anew_and_the_log_is_empty(memory, tmp_path):
+    scope = memory.namespace("a")
+    scope.add_many([NewSegment(f"The boat number {n} is blue.", "s") for n in range(600)])
+    memory.namespace("b").add("The kite is red.")
+    assert scope.forget(everything=True)["unfinished"] == 0
+    assert (tmp_path / "m.db-wal").stat().st_size < 10_000  # the mark that is struck off, and not the file's copy
+    with closing(sqlite3.connect(tmp_path / "m.db")) as raw:
+        assert raw.execute("PRAGMA freelist_count").fetchone() == (0,)
+    scope.items.put(("f",), "k", {"v": 1})
+    assert memory.parts.store.delete({("a",): []}, everything=True).gone is None
+
+
+def test_a_short_text_is_looked_for_with_what_stands_behind_it():
+    assert residue.pieces("PIN 4711", "2024-03-05T12:00") == {b"PIN 47112024-03-"}
+
+
+def test_the_told_words_of_other_turns_are_looked_for_too(memory):
+    scope = memory.namespace("a")
+    secret = scope.add(SECRET)
+    scope.session("q").chat("Tell me about boats")
+    scope.confirm(answer="It is the one that is blue", evidence=[secret.id])
+    deleted = memory.parts.store.delete({("a",): [secret.id]})
+    assert deleted.counts["traces_blanked"] == 1
+    assert b"It is the one th" in deleted.gone
+
+
+def test_folders_of_collections_that_are_gone_go(tmp_path):
+    path = tmp_path / "m.db"
+    id_, _ = indexed(path)
+    with opened(path, vectors="chroma") as memory:
+        memory.namespace("b").add("The kite is red.")
+        for name in "ab":
+            memory.namespace(name).search("boat")
+        assert len([each for each in (tmp_path / "m.db.chroma").iterdir() if each.is_dir()]) == 2
+        memory.namespace("a").forget(id_)
+        assert len([each for each in (tmp_path / "m.db.chroma").iterdir() if each.is_dir()]) == 1
+
+
+def test_a_tombstone_is_another_one_in_every_namespace(memory, tmp_path):
+    for name in "ab":
+        scope = memory.namespace(name)
+        [segment] = scope.add_many([NewSegment("one", "s", id="same")])
+        scope.forget(segment.id)
+    with closing(sqlite3.connect(tmp_path / "m.db")) as raw:
+        [one, two] = raw.execute("SELECT digest FROM tombstones")
+    assert one != two
