@@ -14,6 +14,7 @@ __all__ = ["Matcher"]
 
 WORD = 8  # bytes
 BITS = 20
+FEW = 50  # reading a block by words takes about as long
 SPREAD = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 
 
@@ -23,17 +24,20 @@ class Matcher:
     Blocks are read as words of 8 bytes. A pattern of 15 bytes or more holds a whole word of the block, beginning at one
     of its own first 8 bytes, wherever it stands; of a shorter one only the first word is known, so that blocks are read
     from each of 8 positions. What has a word in common is compared in full.
+
+    :param few: so many are looked for one by one.
     """
 
-    def __init__(self, patterns: Collection[bytes]) -> None:
-        self._tiny = [each for each in patterns if len(each) < WORD]
-        long = [each for each in patterns if len(each) >= 2 * WORD - 1]
-        short = [each for each in patterns if WORD <= len(each) < 2 * WORD - 1]
+    def __init__(self, patterns: Collection[bytes], *, few: int = FEW) -> None:
+        many = len(patterns) > few
+        self._one_by_one = [each for each in patterns if not many or len(each) < WORD]
+        long = [each for each in patterns if many and len(each) >= 2 * WORD - 1]
+        short = [each for each in patterns if many and WORD <= len(each) < 2 * WORD - 1]
         self._groups = [_Words(long, range(WORD), [0]), _Words(short, [0], range(WORD))]
 
     def found(self, block: bytes) -> set[bytes]:
         """Those that stand in the block."""
-        there = {each for each in self._tiny if each in block}
+        there = {each for each in self._one_by_one if each in block}
         for group in self._groups:
             there.update(group.found(block))
         return there
