@@ -45,7 +45,8 @@ def forget(
     Example: memos forget 12 13
 
     JSON: counts by place: segments, vectors, lexical, summaries, pending, scores, bank, traces, traces_blanked,
-    tombstones, items, unfinished (1: done when the store is next opened), residue (with --verify: files that hold it);
+    tombstones, items, unfinished (1: done when the store is next opened), residue (with --verify: files that hold it),
+    still_held (with --verify: texts that something still stored says too);
     with --preview also going: a list of seq, id and text.
     """
     by_time = after is not None or before is not None
@@ -134,7 +135,9 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> 
     if counts.get("residue"):
         talk.print(f"{counts['residue']} files still hold some of the text.", style="yellow")
     elif "residue" in counts:
-        talk.print("Verified: no file of the store holds the text.")
+        held = counts["still_held"]
+        but = f", but for {held} of the texts, which something still stored says too" if held else ""
+        talk.print(f"Verified: no file of the store holds the text{but}.")
     copies = sorted(store.parent.glob(f"{store.name}.before-*"))
     if counts["segments"] and copies and not preview:
         names = ", ".join(copy.name for copy in copies)

@@ -97,9 +97,9 @@ def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
 
 
 def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
-    from memory_os.stores.chroma import ChromaIndex
+    from memory_os.stores.chroma import ChromaIndex, folder_of
 
-    return ChromaIndex(store, fingerprint=fingerprint, folder=path.with_name(path.name + ".chroma"))
+    return ChromaIndex(store, fingerprint=fingerprint, folder=folder_of(path))
 
 
 def _minilm() -> Embedder:

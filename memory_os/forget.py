@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -90,21 +89,34 @@ def ids_in(parts: Parts, namespace: Namespace, selection: Selection) -> list[str
 
 
 def forget(
-    parts: Parts, namespace: Namespace, ids: Sequence[str], *, items: bool, preview: bool, verify: bool
+    parts: Parts,
+    going: Mapping[Namespace, Sequence[str]],
+    *,
+    everything: bool = False,
+    preview: bool = False,
+    verify: bool = False,
 ) -> dict[str, int]:
     """Delete segments and what is derived from them; counts by place.
 
-    :param verify: also read every file of the store for the text: ``residue`` is how many files hold some.
+    :param everything: all that the namespaces hold, whatever segments are named.
+    :param verify: also read every file of the store for the text: ``residue`` is how many files hold some, and
+        ``still_held`` how many of the texts stand in something that is still stored, in any namespace.
     """
-    unique = list(dict.fromkeys(ids))
-    if preview:
-        return parts.store.delete(namespace, unique, items=items, preview=True)
-    going = _texts(parts, namespace, with_summaries(parts, namespace, unique), items=items) if verify else set()
-    counts = parts.store.delete(namespace, unique, items=items)
-    if counts["segments"]:
-        parts.index.purge(namespace)
-    if verify:
-        counts["residue"] = len(residue(parts, going))
+    texts: set[str] = set()
+    if verify and not preview:
+        for namespace, ids in going.items():
+            texts |= _texts(parts, namespace, with_summaries(parts, namespace, ids), items=everything)
+    deleted = parts.store.delete(going, everything=everything, preview=preview)
+    counts = {**deleted.counts, "unfinished": 0}
+    if deleted.mark:
+        if parts.bank:
+            for namespace in going:
+                parts.bank.release(namespace)
+        purged = parts.index.purge(going if deleted.alone else None)
+        counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged))
+    if verify and not preview:
+        files, held = residue(parts, texts)
+        counts |= {"residue": len(files), "still_held": len(held)}
     return counts
 
 
@@ -128,14 +140,17 @@ def _strings(value: object) -> Iterator[str]:
         yield from chain.from_iterable(map(_strings, value))
 
 
-def residue(parts: Parts, texts: set[str]) -> list[str]:
-    """The files in which some of these texts stands, although nothing that is stored has it in it."""
+def residue(parts: Parts, texts: set[str]) -> tuple[list[str], set[str]]:
+    """The files in which some of these texts stands, and those of the texts that something stored has in it.
+
+    Files in which stand none but these are left out.
+    """
     found = parts.store.files_with({text for text in texts if len(text.encode()) >= TELLING})
     held = parts.store.still_held({text for each in found.values() for text in each})
     files = [file for file, each in found.items() if not held.issuperset(each)]
     for file in files:
         log.warning("%s still holds text that was forgotten", file)
-    return files
+    return files, held
 
 
 def cutoff(days: float) -> datetime:
@@ -156,11 +171,9 @@ def expire(
 ) -> dict[str, int]:
     """Forget what is older than so many days in these namespaces; counts by place."""
     before = cutoff(days)
-    total: Counter[str] = Counter()
-    for namespace in namespaces:
-        ids = parts.store.ids(namespace, before=before)
-        total.update(forget(parts, namespace, ids, items=False, preview=preview, verify=verify))
-    return dict(total)
+    old = {namespace: parts.store.ids(namespace, before=before) for namespace in namespaces}
+    going = {namespace: ids for namespace, ids in old.items() if ids}
+    return forget(parts, going, preview=preview, verify=verify)
 
 
 class Retention:

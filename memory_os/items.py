@@ -82,13 +82,19 @@ class Items:
             with deferrable():
                 self._make_vectors(n_texts)
 
-    def merge(self, changes: Iterable[ItemChange]) -> int:
-        """Store what an export holds, times kept; an item that is as new here stays. How many were stored."""
-        stored = self._store.merge(self.labels, [checked_change(change) for change in changes], now=_now())
+    def merge(self, changes: Iterable[ItemChange], *, restore: bool = False) -> tuple[int, int]:
+        """Store what an export holds, times kept; an item that is as new here stays.
+
+        ``(stored, left out because they were forgotten)``.
+
+        :param restore: store also what was forgotten.
+        """
+        checked = [checked_change(change) for change in changes]
+        stored, forgotten = self._store.merge(self.labels, checked, now=_now(), restore=restore)
         if stored:
             with deferrable():
                 self._make_vectors(stored)
-        return stored
+        return stored, forgotten
 
     def refresh(self, found: Iterable[Item]) -> None:
         """Have those of the items that expire begin their time anew; nothing is written if there are none."""

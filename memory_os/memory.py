@@ -511,13 +511,12 @@ class Scope:
         :param query: the ``k`` segments that ``search`` finds best for it; see ``would_forget``.
         :param preview: only count.
         :param verify: also read every file of the store for the text, of at least 8 bytes: ``residue`` is how many
-            files hold some that nothing stored has in it.
+            files hold some that nothing stored has in it, ``still_held`` how many of the texts something stored has.
         :raises UnknownNameError: if a segment or the session does not exist; nothing was deleted.
         :raises ConfigError: for none or several of the ways, or a time range in which nothing can be.
         """
         ids = self._chosen(Selection(refs, session, everything, after, before, query, k))
-        items = everything and self._parts.items is not None
-        return forget(self._parts, self.labels, ids, items=items, preview=preview, verify=verify)
+        return forget(self._parts, {self.labels: ids}, everything=everything, preview=preview, verify=verify)
 
     def would_forget(
         self,
@@ -633,20 +632,22 @@ class Scope:
         ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there. An item that is as
         new here stays. Only segments are counted.
 
-        :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
+        :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it, items
+            too.
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
         """
         stored = known = forgotten = 0
         for batch in batched(read_records(file)):
             segments = [record for record in batch if isinstance(record, NewSegment)]
             new, out = self._stored(segments, restore)
+            stored, known = stored + len(new), known + len(segments) - len(new) - out
             for record in batch:
                 if isinstance(record, Trace):
-                    self._parts.store.save_trace(replace(record, namespace=self.labels))
+                    self._parts.store.save_trace(replace(record, namespace=self.labels), restore=restore)
             changes = [record for record in batch if isinstance(record, ItemChange)]
             if changes:
-                self.items.merge(changes)
-            stored, known, forgotten = stored + len(new), known + len(segments) - len(new) - out, forgotten + out
+                out += self.items.merge(changes, restore=restore)[1]
+            forgotten += out
             if progress:
                 progress(stored, known)
         return Stored(stored, known, forgotten)
@@ -781,10 +782,10 @@ class Scope:
         trace = self._trace(turn)
         if expect is None:
             return trace, None
-        return trace, explain(trace, str(expect), self._parts.store.find(self.labels, str(expect)))
+        return trace, explain(trace, str(expect), self._parts.store.find(self.labels, expect))
 
     def _trace(self, turn: str | int | None) -> Trace:
-        trace = self._parts.store.load_trace(self.labels, None if turn is None else str(turn))
+        trace = self._parts.store.load_trace(self.labels, turn)
         if trace is None and turn is None:
             raise UnknownNameError("turn", "latest", hint="no turn was answered in this namespace yet")
         if trace is None:
@@ -814,7 +815,7 @@ class Scope:
             raise ConfigError(f"an answer is confirmed by one of {', '.join(JUDGES)}, not {by!r}")
         trace = self._trace(turn)
         if answer is None:
-            reply = self._parts.store.find(self.labels, trace.reply_id) if trace.reply_id else None
+            reply = self._parts.store.get(self.labels, [trace.reply_id or ""]).get(trace.reply_id or "")
             if reply is None:
                 raise ConfigError("this turn has no reply to confirm; tell the right answer: answer=..., or --answer")
             answer = reply.text
@@ -839,7 +840,7 @@ class Scope:
 
         :raises UnknownNameError: if the namespace holds none.
         """
-        segment = self._parts.store.find(self.labels, str(ref))
+        segment = self._parts.store.find(self.labels, ref)
         if segment is None:
             raise UnknownNameError("segment", str(ref), hint="name it by its id or its number, as search shows them")
         return segment

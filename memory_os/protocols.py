@@ -7,7 +7,7 @@ called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -47,6 +47,7 @@ __all__ = [
     "CachingLLM",
     "CitingController",
     "Controller",
+    "Deleted",
     "Embedder",
     "FlashController",
     "Item",
@@ -257,6 +258,9 @@ class Bank(Protocol):
     def status(self, namespace: Namespace, fingerprint: str) -> BankStatus:
         """What is there now."""
 
+    def release(self, namespace: Namespace) -> None:
+        """Let go of what is in memory of segments that are gone."""
+
     def drop(self, namespace: Namespace) -> None:
         """Remove everything of the namespace."""
 
@@ -355,8 +359,11 @@ class VectorIndex(Protocol):
     def drop(self, namespace: Namespace) -> None:
         """Forget everything of the namespace; the next search rebuilds it."""
 
-    def purge(self, namespace: Namespace) -> None:
-        """As ``sync``, after rows were forgotten: nothing of them is left in the index's files."""
+    def purge(self, namespaces: Collection[Namespace] | None) -> bool:
+        """After rows of these (or of any) namespaces were forgotten: leave nothing of them in the index's files.
+
+        Whether it has files, and that is so now.
+        """
 
     def close(self) -> None:
         """Release files and locks."""
@@ -411,20 +418,35 @@ class Profile(NamedTuple):
     repeats: tuple[str, ...] = ()
 
 
+class Deleted(NamedTuple):
+    """What a deletion deleted, and what is due of it.
+
+    :param counts: rows by place.
+    :param gone: its text, in pieces that are looked for in the files; ``None`` where it is too much or not known.
+    :param mark: by which the store knows that its files may still hold some of it; 0 where nothing was deleted.
+    :param alone: whether they hold nothing of what was deleted before.
+    """
+
+    counts: dict[str, int]
+    gone: Collection[bytes] | None
+    mark: int
+    alone: bool
+
+
 class RecordStore(VectorSource, LexicalIndex, Protocol):
     """The source of truth. A method that returns has made its change durable; one that raises has changed nothing."""
 
     def append(self, namespace: Namespace, segments: Sequence[NewSegment], *, restore: bool = False) -> list[Segment]:
         """Store in the order given, with their lexical entries; leaves out segments whose ``key`` or ``id`` is known.
 
-        Left out is also what was forgotten under this ``key`` or ``id``. Gives back the segments that were stored, in
-        order.
+        Left out is also what was forgotten under this ``key`` or ``id``, and a summary of what was. Gives back the
+        segments that were stored, in order.
 
         :param restore: store also what was forgotten.
         """
 
     def forgotten(self, namespace: Namespace, segments: Sequence[NewSegment]) -> int:
-        """How many of these were forgotten, by id or key, and are not stored again by ``append``."""
+        """How many of these were forgotten, or sum up what was, and are not stored by ``append``."""
 
     def replace(self, namespace: Namespace, segments: Sequence[NewSegment]) -> list[Segment]:
         """Store segments, each with a key, in place of what is under their keys; those that say the same stay.
@@ -440,8 +462,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def get(self, namespace: Namespace, ids: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by id."""
 
-    def find(self, namespace: Namespace, ref: str) -> Segment | None:
-        """The segment with this id, or with this ``seq`` where ``ref`` is a number."""
+    def find(self, namespace: Namespace, ref: str | int) -> Segment | None:
+        """The segment with this ``seq``; for text with this id, or if there is none and it is a number this ``seq``."""
 
     def by_key(self, namespace: Namespace, keys: Iterable[str]) -> dict[str, Segment]:
         """The segments that exist, by the key they were stored under."""
@@ -480,16 +502,23 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
 
     def delete(
-        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
-    ) -> dict[str, int]:
-        """Delete segments and the summaries of them for good, with all that is derived from either; counts by place.
+        self, going: Mapping[Namespace, Sequence[str]], *, everything: bool = False, preview: bool = False
+    ) -> Deleted:
+        """Delete segments and the summaries of them for good, with all that is derived from either, in one transaction.
 
         Their ids and keys (of summaries the ids) leave tombstones: ``append`` leaves them out from then on. Traces of
-        other turns lose the words that may quote them. No file of the store holds their text when it returns, unless
-        ``unfinished`` is 1: then another process reads what was before; it is done at ``close`` or at the next open.
+        other turns lose the words that may quote them. The files may hold it all until ``scrub``.
 
-        :param items: also every item of the namespace, in the same transaction.
+        :param everything: all that the namespaces hold, whatever segments are named.
         :param preview: only count.
+        """
+
+    def scrub(self, deleted: Deleted, *, index_purged: bool) -> bool:
+        """Leave nothing in the store's files of what was deleted; whether that is so now.
+
+        If not (another process reads what was before), it is done at ``close`` or at the next open.
+
+        :param index_purged: what ``VectorIndex.purge`` said.
         """
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
@@ -550,13 +579,15 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         :param epoch: of the namespace when the texts were read; nothing is kept if it is another one now.
         """
 
-    def save_trace(self, trace: Trace) -> None:
+    def save_trace(self, trace: Trace, *, restore: bool = False) -> None:
         """Store a trace, or replace the one with its id; notes what it activated, if its turn was recorded.
 
         Nothing is stored of a turn that was forgotten, nor of words that may quote what was.
+
+        :param restore: store a trace of no segment also if it was forgotten.
         """
 
-    def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
+    def load_trace(self, namespace: Namespace, ref: str | int | None) -> Trace | None:
         """The trace with this id, or of the turn with this query or reply (id or ``seq``); the newest for ``None``."""
 
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
@@ -739,8 +770,15 @@ class ItemStore(Protocol):
         An item that is replaced keeps ``created_at``, and its ``updated_at`` grows, even where the clock went back.
         """
 
-    def merge(self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime) -> int:
-        """As ``apply`` for an import: what is as new here stays, what has expired stays out; how many were stored."""
+    def merge(
+        self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime, restore: bool = False
+    ) -> tuple[int, int]:
+        """As ``apply`` for an import: what is as new here stays, what has expired or was forgotten stays out.
+
+        ``(stored, left out as forgotten)``; what ``apply`` puts is no longer taken for forgotten.
+
+        :param restore: store also what was forgotten.
+        """
 
     def get(self, namespace: Namespace, addresses: Iterable[tuple[ItemPath, str]], *, now: datetime) -> list[Item]:
         """The items that exist under these paths and keys, each once, in no order."""

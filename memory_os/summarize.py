@@ -236,10 +236,8 @@ class Summarizer:
             key=key,
         )
         self.store.append(self.namespace, [new])
-        stored = self.store.by_key(self.namespace, [key])[key]
-        needed = {*ids["of"], *ids["background"]}
-        if len(self.store.get(self.namespace, needed)) < len(needed):  # forgotten while the LLM was at it
-            self.store.delete(self.namespace, [stored.id])
+        stored = self.store.by_key(self.namespace, [key]).get(key)
+        if stored is None:
             raise InvalidInputError("some of it was forgotten meanwhile; run it again", source=source)
         return stored
 

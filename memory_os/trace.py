@@ -20,7 +20,16 @@ from memory_os.types import (
     Trace,
 )
 
-__all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict", "without_text"]
+__all__ = [
+    "Finding",
+    "explain",
+    "ledger_to_dicts",
+    "part_in",
+    "set_apart",
+    "trace_from_dict",
+    "trace_to_dict",
+    "without_text",
+]
 
 FORMAT = 1
 
@@ -98,10 +107,16 @@ def without_text(trace: Trace, gone: Collection[str]) -> Trace:
     """The trace without the words that it may have of these segments; the same where they had no part in its turn.
 
     What the LLM was asked and what went wrong are words of the whole turn: they go when one of the segments stood
-    before the LLM or was a candidate. An answer that was told goes when it rests on one of them. Numbers stay.
+    before the LLM or was a candidate. An answer that was told goes when it rests on one of them: its evidence, or else
+    what the reply cites, or else what stood before the LLM. Numbers stay.
     """
     told = trace.confirmation
-    rests_on = () if told is None else trace.cited if told.evidence is None else told.evidence
+    rests_on: Sequence[str] = ()
+    if told is not None and told.evidence is not None:
+        rests_on = told.evidence
+    elif told is not None:
+        active = (entry.segment_id for entry in trace.ledger if entry.action is not Action.DROPPED)
+        rests_on = trace.cited or (*trace.flash, *active)
     if told is not None and told.answer and any(id_ in gone for id_ in rests_on):
         trace = replace(trace, confirmation=replace(told, answer=FORGOTTEN))
     if not any(id_ in gone for id_ in (*trace.flash, *(entry.segment_id for entry in trace.ledger))):
@@ -112,6 +127,14 @@ def without_text(trace: Trace, gone: Collection[str]) -> Trace:
         error=trace.error and FORGOTTEN,
         notes=tuple(note for note in trace.notes if FAILED not in note),
     )
+
+
+def part_in(trace: Trace) -> set[str]:
+    """The ids of all segments that have a part in a trace."""
+    told = trace.confirmation.evidence if trace.confirmation else None
+    offered = (entry.segment_id for entry in trace.ledger)
+    named = (trace.query_id, trace.reply_id, *trace.flash, *offered, *trace.cited, *(told or ()))
+    return {id_ for id_ in named if id_}
 
 
 def _confirmation_to_dict(told: Confirmation | None) -> dict[str, Any] | None:

@@ -175,6 +175,15 @@ class SegmentBank:
         kept = {entry.id for entry in present}
         self._release(lambda key: key[:2] == (ns, form) and key[2] not in kept)
 
+    def release(self, namespace: Namespace) -> None:
+        """Let go of what is in memory of entries that others removed."""
+        with self._database.read() as connection:
+            ns, _ = manifest.locate(connection, namespace)
+            kept = {_key(entry) for entry in manifest.read(connection, ns)}
+        self._release(lambda key: key[0] == ns and key not in kept)
+        with self._lock:  # the mean keys are read anew
+            self._tables = {key: table for key, table in self._tables.items() if key[0] != ns}
+
     def status(self, namespace: Namespace, fingerprint: str) -> BankStatus:
         """What is there now; an entry counts for itself, also where its segment has another one."""
         form = self._in_form(fingerprint)
@@ -205,7 +214,8 @@ class SegmentBank:
                 if entry.key not in over:
                     aside = (self._folder / str(ns) / entry.file).with_suffix(f".{secrets.token_hex(4)}{ASIDE}")
                     asides.callback(manifest.unlink, aside)
-                    written.append(self._write_aside(aside, entry, entries[entry.id], layer))
+                    if done := self._write_aside(aside, entry, entries[entry.id], layer):
+                        written.append(done)
             with self._database.write() as connection:
                 evicted = self._enter(connection, namespace, form, written, undo)
                 present = {entry.id for entry in manifest.read(connection, ns, form)}
@@ -244,16 +254,22 @@ class SegmentBank:
         after.update((entry.key, entry) for entry in incoming)
         return manifest.leaving(after.values(), form, self._options, last_seq)
 
-    def _write_aside(self, aside: Path, entry: Entry, kv: KV, layer: int) -> tuple[Entry, Path, bytes]:
-        """Write a file under a name of its own, which forgetting its segment finds nevertheless.
+    def _write_aside(self, aside: Path, entry: Entry, kv: KV, layer: int) -> tuple[Entry, Path, bytes] | None:
+        """Write a file under a name of its own, which forgetting its segment finds; nothing if it is forgotten already.
 
-        It is not synced: what a power failure leaves of it does not match its checksum.
+        The file is there, empty, before the segment is looked for under the write lock: from then on whoever forgets it
+        takes the file's name away, and a crash leaves nothing of it. It is not synced: what a power failure leaves of
+        it does not match its checksum.
         """
         content = kvfile.encode(kv, self._options.dtype, entry.fingerprint, layer)
         chunks = mean_keys(kv.keys[layer], self._options.chunk_tokens)
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(content)
+            with aside.open("wb") as file:
+                with self._database.write() as connection:
+                    if not manifest.segments_of(connection, entry.namespace_id, [entry.id]):
+                        return None
+                file.write(content)
         except OSError as error:
             raise StoreError(_unwritten(aside, error)) from error
         digest = hashlib.sha256(content).hexdigest()

@@ -1,15 +1,19 @@
 """Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock.
 
 Approximate (HNSW). One collection holds one namespace under one embedder; how far it has read the vector rows is kept
-in the collection's metadata, so it catches up after whatever stopped it.
+in the collection's metadata, so it catches up after whatever stopped it. All of it can be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import shutil
+import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +21,42 @@ from memory_os.errors import StoreError, StoreLockedError
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
-    from chromadb.api.models.Collection import Collection
+    from chromadb.api.models.Collection import Collection as Table
 
     from memory_os.protocols import Vector, VectorSource
 
-__all__ = ["ChromaIndex"]
+__all__ = ["ChromaIndex", "discard", "folder_of"]
 
 BATCH = 2000  # below Chroma's own limit
+LOCK = "owner.lock"
+
+log = logging.getLogger(__name__)
+
+
+def folder_of(database: Path) -> Path:
+    """Where the index of this database is."""
+    return database.with_name(database.name + ".chroma")
+
+
+def discard(folder: Path) -> bool:
+    """Delete an index that nobody uses now; whether none is there any more."""
+    from filelock import FileLock, Timeout
+
+    if not folder.is_dir():
+        return True
+    try:
+        with FileLock(folder / LOCK, timeout=0, thread_local=False):
+            for place in folder.iterdir():
+                if place.is_dir():
+                    shutil.rmtree(place)
+                elif place.name != LOCK:
+                    place.unlink()
+    except Timeout:
+        return False
+    except OSError as error:
+        log.warning("cannot delete the Chroma index %s: %s; check its permissions", folder, error.strerror)
+        return False
+    return True
 
 
 class ChromaIndex:
@@ -43,7 +76,7 @@ class ChromaIndex:
         self._fingerprint = fingerprint
         try:
             folder.mkdir(exist_ok=True)
-            self._owner = FileLock(folder / "owner.lock", thread_local=False)
+            self._owner = FileLock(folder / LOCK, thread_local=False)
             self._owner.acquire(timeout=0)
         except Timeout as error:
             raise StoreLockedError(str(folder)) from error
@@ -103,7 +136,7 @@ class ChromaIndex:
         with self._lock:
             self._synced(namespace)
 
-    def _synced(self, namespace: Namespace) -> Collection:
+    def _synced(self, namespace: Namespace) -> Table:
         collection = self._collection(namespace)
         state = collection.metadata or {}
         epoch, last = self._source.vector_epoch(namespace, self._fingerprint)
@@ -132,8 +165,8 @@ class ChromaIndex:
             if other.name != name and (other.metadata or {}).get("of") == _digest(namespace):
                 self._client.delete_collection(other.name)
 
-    def _collection(self, namespace: Namespace) -> Collection:
-        collection: Collection = self._client.get_or_create_collection(
+    def _collection(self, namespace: Namespace) -> Table:
+        collection: Table = self._client.get_or_create_collection(
             self._name(namespace), embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
         )
         return collection
@@ -151,24 +184,31 @@ class ChromaIndex:
             except NotFoundError:
                 return
 
-    def purge(self, namespace: Namespace) -> None:
-        """Drop the collection, which the next search rebuilds, and what Chroma leaves of one in its files.
+    def purge(self, namespaces: Collection[Namespace] | None) -> bool:
+        """Drop their collections, which the next search rebuilds, and what Chroma leaves of them in its files.
 
         Chroma keeps what was added in a queue, and folders of collections that are gone.
         """
-        self.drop(namespace)
+        from chromadb.errors import ChromaError
+
         with self._lock:
-            self._client.close()
             try:
-                self._clean()
-            finally:
-                self._client = self._connected()
+                # one without metadata was never filled to its end: it may be anyone's
+                theirs = None if namespaces is None else {None, *map(_digest, namespaces)}
+                for each in self._client.list_collections():
+                    if theirs is None or (each.metadata or {}).get("of") in theirs:
+                        self._client.delete_collection(each.name)
+                self._client.close()
+                try:
+                    self._clean()
+                finally:
+                    self._client = self._connected()
+            except (ChromaError, OSError, sqlite3.Error) as error:
+                log.warning("%s may still hold what was forgotten, until it is next opened: %s", self._folder, error)
+                return False
+        return True
 
     def _clean(self) -> None:
-        import shutil
-        import sqlite3
-        from contextlib import closing
-
         with closing(sqlite3.connect(self._folder / "chroma.sqlite3", isolation_level=None)) as database:
             used = {id_ for (id_,) in database.execute("SELECT id FROM segments")}
             database.execute("VACUUM")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from memory_os.errors import SchemaError, StoreError
-from memory_os.stores import files, scrub
+from memory_os.stores import chroma, files, scrub
 from memory_os.stores.backup import back_up
 from memory_os.stores.schema import HEAD
 
@@ -50,10 +50,7 @@ class Database:
         try:
             self._migrate()
             self._inode = files.hold(path)
-            with self.read() as connection:
-                due = scrub.is_due(connection)
-            if due:  # what was forgotten before
-                self.scrub(None, patience_s=1)
+            self._scrub_what_is_due(patience_s=1)
         except BaseException:
             self._disconnect()
             raise
@@ -122,20 +119,36 @@ class Database:
         files = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def scrub(self, gone: set[bytes] | None, *, patience_s: float = scrub.PATIENCE_S) -> bool:
+    def scrub(
+        self,
+        gone: Collection[bytes] | None,
+        mark: int,
+        index_purged: bool = False,
+        *,
+        patience_s: float = scrub.PATIENCE_S,
+    ) -> bool:
         """Leave nothing in the files of what was deleted; what cannot be done now is done at close or at the next open.
 
         :param gone: as in ``scrub.scrub``.
+        :param index_purged: that a Chroma index beside the database holds nothing of it either; otherwise the index,
+            which is rebuilt when it is next used, is deleted.
         """
-        clean = scrub.scrub(self.engine, self.path, gone, patience_s)
-        self._unclean = not clean
-        return clean
+        index_purged = index_purged or chroma.discard(chroma.folder_of(self.path))
+        clean = scrub.scrub(self.engine, self.path, gone, mark if index_purged else None, patience_s)
+        self._unclean = not (clean and index_purged)
+        return not self._unclean
+
+    def _scrub_what_is_due(self, *, patience_s: float) -> None:
+        with self.read() as connection:
+            mark = scrub.due(connection)
+        if mark:
+            self.scrub(None, mark, patience_s=patience_s)
 
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
         if self._unclean:
-            scrub.scrub(self.engine, self.path, None, patience_s=0)
+            self._scrub_what_is_due(patience_s=0)
         self._disconnect()
 
     def _disconnect(self) -> None:

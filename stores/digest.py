@@ -25,6 +25,7 @@ __all__ = [
     "put_summary",
     "read_scores",
     "read_summaries",
+    "sources",
     "with_summaries",
 ]
 
@@ -123,16 +124,20 @@ def with_summaries(connection: sa.Connection, ns: int, ids: Sequence[str]) -> li
     )
     rest_on: defaultdict[str, list[str]] = defaultdict(list)
     for id_, metadata in made:
-        for field in ("of", "background"):
-            named = metadata.get(field)
-            for part in named if isinstance(named, list) else ():  # an import may hold anything
-                rest_on[str(part)].append(id_)
+        for part in sources(metadata):
+            rest_on[part].append(id_)
     found, open_ends = dict.fromkeys(ids), list(ids)
     while open_ends:
         new = [id_ for id_ in rest_on[open_ends.pop()] if id_ not in found]
         found.update(dict.fromkeys(new))
         open_ends += new
     return list(found)
+
+
+def sources(metadata: Mapping[str, Any]) -> list[str]:
+    """The ids of what a summary with this metadata was made of, or shown."""
+    named = (metadata.get(field) for field in ("of", "background"))
+    return [str(id_) for ids in named if isinstance(ids, list | tuple) for id_ in ids]  # an import may hold anything
 
 
 def _pks(connection: sa.Connection, ns: int, ids: Sequence[str]) -> list[int]:

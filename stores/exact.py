@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -112,9 +112,11 @@ class ExactIndex:
         with self._lock:
             self._tables.pop(namespace, None)
 
-    def purge(self, namespace: Namespace) -> None:
-        """As ``sync``: it has no files."""
-        self.sync(namespace)
+    def purge(self, namespaces: Collection[Namespace] | None) -> bool:
+        """As ``drop``; it has no files, and knows nothing of another index's."""
+        for namespace in list(self._tables) if namespaces is None else namespaces:
+            self.drop(namespace)
+        return False
 
     def close(self) -> None:
         """Forget everything."""

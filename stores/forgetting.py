@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from memory_os.stores import digest, fulltext, manifest, tombstones
-from memory_os.stores.residue import pieces
+from memory_os.stores import digest, fulltext, items, manifest, tombstones
+from memory_os.stores.matching import Matcher
+from memory_os.stores.residue import forms_of, pieces
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import namespaces, pending, scores, segments, summaries, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict, without_text
 
-__all__ = ["Removal", "forget", "remove", "still_held"]
+__all__ = ["PLACES", "Removal", "forget", "remove", "still_held"]
 
-PLACES = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
+DERIVED = ("segments", "vectors", "lexical", "summaries", "pending", "scores", "bank", "traces")
+PLACES = (*DERIVED, "traces_blanked", "tombstones", "items")
+"""Where rows are deleted, or changed, for good: the names of the counts."""
 MANY = 500
 """More segments than this are not looked for in the file: it is written anew at once."""
 SHORTEST_TERM = 4  # bytes; a shorter one is found in anything
@@ -38,21 +42,40 @@ class Removal(NamedTuple):
     gone: set[bytes] | None
 
 
-def forget(connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False) -> Removal:
+def forget(
+    connection: sa.Connection,
+    bank: Path,
+    ns: int,
+    ids: Sequence[str],
+    *,
+    everything: bool = False,
+    preview: bool = False,
+) -> Removal:
     """Delete segments for good, and the summaries of them, with all that was derived from either.
 
     :param bank: the folder of the bank's files, which are deleted at once.
+    :param everything: all that the namespace holds, whatever segments are named.
     :param preview: the transaction will be undone: no file is deleted.
     """
+    if everything:
+        ids = connection.execute(select(segments.c.id).where(segments.c.namespace_id == ns)).scalars().all()
     going = digest.with_summaries(connection, ns, ids)
     rows = _rows(connection, ns, going)
+    if not rows and not everything:  # scores and tombstones are of what goes
+        return Removal(dict.fromkeys(PLACES, 0), set())
     # a summary that is asked for again is made again: only what an export or a source brings back has to stay away
     names = tombstones.Names(
         [row.id for row in rows], [row.key for row in rows if row.key is not None and row.kind != "summary"]
     )
-    gone = _pieces(connection, ns, rows) if len(rows) <= MANY else None
+    gone = _pieces(connection, ns, rows) if len(rows) <= MANY and not everything else None
     terms = fulltext.read(connection, ns, [row.pk for row in rows]) if gone is not None else {}
     counts = remove(connection, bank, ns, going, preview=preview)
+    if everything:
+        mine = traces.c.namespace_id == ns
+        orphans = connection.execute(select(traces.c.id).where(mine)).scalars().all()  # of no segment that was here
+        names = names._replace(traces=orphans, items=items.forget(connection, ns, datetime.now(UTC)))
+        counts["traces"] += connection.execute(traces.delete().where(mine)).rowcount
+    counts["items"] = len(names.items)
     counts["traces_blanked"] = _blank_traces(connection, ns, set(names.ids), gone)
     counts["tombstones"] = tombstones.bury(connection, ns, names)
     if counts["segments"] and not preview:
@@ -67,7 +90,7 @@ def remove(
     connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False
 ) -> dict[str, int]:
     """Delete the rows of these segments, and what was derived from them; counts by place."""
-    counts = dict.fromkeys(PLACES, 0)
+    counts = dict.fromkeys(DERIVED, 0)
     counts["scores"] = connection.execute(scores.delete().where(scores.c.namespace_id == ns)).rowcount
     counts["bank"] = manifest.forget(connection, bank, ns, ids, preview=preview)
     for part in parts(ids):
@@ -148,17 +171,24 @@ def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone
     return n_blanked
 
 
-HELD = """
-    SELECT EXISTS (SELECT 1 FROM segments WHERE instr(text, :t) OR instr(metadata, :j) OR instr(session, :t)
-            OR instr(coalesce(speaker, ''), :t) OR instr(coalesce(source, ''), :t) OR instr(coalesce(key, ''), :t))
-        OR EXISTS (SELECT 1 FROM namespaces WHERE instr(labels, :t))
-        OR EXISTS (SELECT 1 FROM summaries WHERE instr(text, :t))
-        OR EXISTS (SELECT 1 FROM traces WHERE instr(body, :j))
-        OR EXISTS (SELECT 1 FROM items WHERE instr(value, :j) OR instr(path, :t) OR instr(key, :t))
-        OR EXISTS (SELECT 1 FROM item_texts WHERE instr(text, :t))"""
+HELD = (
+    "SELECT text, metadata, session, speaker, source, key FROM segments",
+    "SELECT labels FROM namespaces",
+    "SELECT text FROM summaries",
+    "SELECT body FROM traces",
+    "SELECT value, path, key FROM items",
+    "SELECT text FROM item_texts",
+)
+BETWEEN = b"\xff"  # stands in no text
 
 
 def still_held(connection: sa.Connection, texts: Collection[str]) -> set[str]:
     """Those of the texts that stand in something that is stored, also as a part of it."""
-    query = sa.text(HELD)
-    return {t for t in texts if connection.execute(query, {"t": t, "j": json.dumps(t)[1:-1]}).scalar_one()}
+    forms = forms_of(texts)
+    matcher = Matcher(forms)
+    held: set[str] = set()
+    for query in HELD if forms else ():
+        for rows in connection.exec_driver_sql(query).partitions(1000):
+            said = BETWEEN.join(value.encode() for row in rows for value in row if value)
+            held.update(text for form in matcher.found(said) for text in forms[form])
+    return held

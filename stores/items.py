@@ -17,6 +17,7 @@ from sqlalchemy import bindparam, func, select
 
 from memory_os.protocols import Item, ItemChange, ItemPath
 from memory_os.redact import Redact, clean_change
+from memory_os.stores import tombstones
 from memory_os.stores.database import Database
 from memory_os.stores.manifest import locate
 from memory_os.stores.rows import as_labels, as_time, parts
@@ -77,25 +78,35 @@ class SqliteItems:
         with self._database.write() as connection:
             ns = self._locate(connection, namespace, claim=True)
             _sweep(connection, ns, now)
+            tombstones.lift(
+                connection, ns, tombstones.Names(items=[_name(a) for a, c in latest.items() if c.value is not None])
+            )
             _store(connection, ns, latest, _known(connection, ns, latest), now)
 
-    def merge(self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime) -> int:
-        """Store what is newer than what is here and has not expired; how many that were."""
+    def merge(
+        self, namespace: Namespace, changes: Sequence[ItemChange], *, now: datetime, restore: bool = False
+    ) -> tuple[int, int]:
+        """Store what is newer than what is here and has not expired; ``(stored, left out as forgotten)``."""
         changes = self._cleaned(changes)
         latest = {(c.path, c.key): c for c in changes if c.expires_at is None or c.expires_at > now}
         if not latest:
-            return 0
+            return 0, 0
         with self._database.write() as connection:
             ns = self._locate(connection, namespace, claim=True)
             _sweep(connection, ns, now)
             known = _known(connection, ns, latest)
+            names = tombstones.Names(items=list(map(_name, latest)))
+            if restore:
+                tombstones.lift(connection, ns, names)
+            gone = tombstones.buried(connection, ns, names).items
             newer = {
                 address: change
                 for address, change in latest.items()
-                if address not in known or known[address].updated_at < as_time(change.updated_at or now)
+                if _name(address) not in gone
+                and (address not in known or known[address].updated_at < as_time(change.updated_at or now))
             }
             _store(connection, ns, newer, known, now)
-        return len(newer)
+        return len(newer), len(gone)
 
     def _cleaned(self, changes: Sequence[ItemChange]) -> Sequence[ItemChange]:
         return [clean_change(change, self._redact) for change in changes] if self._redact else changes
@@ -285,10 +296,19 @@ def count_pending(connection: sa.Connection, ns: int, fingerprint: str) -> int:
     return int(connection.exec_driver_sql(COUNT_PENDING, {"ns": ns, "f": fingerprint}).scalar_one())
 
 
-def forget(connection: sa.Connection, ns: int, now: datetime) -> int:
-    """Delete every item of the namespace, with its texts; how many that were."""
+def forget(connection: sa.Connection, ns: int, now: datetime) -> list[str]:
+    """Delete every item of the namespace, with its texts; the names of their tombstones."""
     _sweep(connection, ns, now)
-    return connection.execute(items.delete().where(items.c.namespace_id == ns)).rowcount
+    mine = items.c.namespace_id == ns
+    there = connection.execute(select(items.c.path, items.c.key).where(mine)).all()
+    connection.execute(items.delete().where(mine))
+    return [_name((tuple(json.loads(row.path)), row.key)) for row in there]
+
+
+def _name(address: Address) -> str:
+    """By which a forgotten item is known again."""
+    path, key = address
+    return json.dumps([*path, key])
 
 
 def _sweep(connection: sa.Connection, ns: int, now: datetime) -> int:

@@ -9,12 +9,14 @@ file format (https://sqlite.org/fileformat2.html), so that it is known when the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from memory_os.stores.files import reading
+from memory_os.stores.matching import Matcher
 
-__all__ = ["files_with", "leftovers", "pieces", "still_there"]
+__all__ = ["files_with", "forms_of", "leftovers", "pieces", "still_there"]
 
 PIECE = 16
 """Text is looked for in pieces of so many bytes: whatever is left of it, 31 bytes in a row hold a whole piece."""
@@ -60,7 +62,7 @@ def pieces(text: str, tail: str = "") -> set[bytes]:
     return {row[start : start + PIECE] for start in range(0, len(whole), PIECE)}
 
 
-def still_there(path: Path, wanted: set[bytes]) -> bool:
+def still_there(path: Path, wanted: Collection[bytes]) -> bool:
     """Whether a page may have kept some of what is gone; also true where looking takes longer than writing anew."""
     unused = leftovers(path)
     if len(unused) * len(wanted) > WORTH * path.stat().st_size:
@@ -70,22 +72,26 @@ def still_there(path: Path, wanted: set[bytes]) -> bool:
 
 def files_with(database: Path, texts: Iterable[str]) -> dict[str, list[str]]:
     """The files of a store in which any of these texts stands, with those texts; see ``RecordStore.files_with``."""
-    wanted = {text: _forms(text) for text in texts}
-    longest = max((len(form) for forms in wanted.values() for form in forms), default=0)
+    wanted = forms_of(texts)
+    if not wanted:
+        return {}
+    matcher, longest = Matcher(wanted), max(map(len, wanted))
     found: dict[str, list[str]] = {}
     for path in _files(database):
-        missing = dict(wanted)
-        for block in _blocks(path, longest):
-            for text in [text for text, forms in missing.items() if any(form in block for form in forms)]:
-                found.setdefault(str(path), []).append(text)
-                del missing[text]
+        there = {form for block in _blocks(path, longest) for form in matcher.found(block)}
+        if there:
+            found[str(path)] = list(dict.fromkeys(text for form in there for text in wanted[form]))
     return found
 
 
-def _forms(text: str) -> set[bytes]:
-    """A text as it may stand in a file."""
-    escaped = (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    return {form.encode() for form in (text, *escaped) if form}
+def forms_of(texts: Iterable[str]) -> dict[bytes, set[str]]:
+    """The texts by the bytes that they may be in a file."""
+    forms: defaultdict[bytes, set[str]] = defaultdict(set)
+    for text in filter(None, texts):
+        escaped = (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+        for form in (text, *escaped):
+            forms[form.encode()].add(text)
+    return forms
 
 
 def _files(database: Path) -> Iterator[Path]:

@@ -197,7 +197,7 @@ tombstones = Table(
     metadata,
     Column("namespace_id", Integer, ForeignKey("namespaces.id"), primary_key=True),
     Column("digest", LargeBinary, primary_key=True),  # of what was forgotten, and must not come back by itself
-    Column("kind", Text, nullable=False),  # whether it was an id or a key
+    Column("kind", Text, nullable=False),  # of a name: see tombstones
     sqlite_with_rowid=False,
 )
 

@@ -1,12 +1,15 @@
 """Nothing in the files of what was deleted: the write-ahead log emptied, and the database written anew where needed.
 
 That the work is due stands in the database's own header (``user_version``), in the transaction that deletes: what a
-crash, another process's long read or a full disk kept from being done is done when the database is next opened.
+crash, another process's long read or a full disk kept from being done is done when the database is next opened. Each
+deletion's mark is a number of its own, and is struck off by no other's work.
 """
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,28 +18,33 @@ from memory_os.stores.residue import still_there
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-__all__ = ["is_due", "mark", "scrub"]
+__all__ = ["due", "mark", "scrub"]
 
 PATIENCE_S = 5
 """So long others may read what was before: then the log cannot be emptied now."""
 LARGEST = 2**30
 
 
-def mark(connection: sa.Connection) -> None:
-    """Note, in the transaction that deletes, that the files are to be scrubbed."""
-    due = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    connection.exec_driver_sql(f"PRAGMA user_version = {due % LARGEST + 1}")
+def mark(connection: sa.Connection) -> int:
+    """Note, in the transaction that deletes, that the files are to be scrubbed; gives back the mark."""
+    new = secrets.randbelow(LARGEST) + 1
+    connection.exec_driver_sql(f"PRAGMA user_version = {new}")
+    return new
 
 
-def is_due(connection: sa.Connection) -> bool:
-    """Whether something was deleted that the files may still hold."""
-    return bool(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+def due(connection: sa.Connection) -> int:
+    """The mark of the last deletion that the files may still hold some of; 0 if there is none."""
+    mark: int = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    return mark
 
 
-def scrub(engine: sa.Engine, path: Path, gone: set[bytes] | None, patience_s: float = PATIENCE_S) -> bool:
+def scrub(
+    engine: sa.Engine, path: Path, gone: Collection[bytes] | None, mark: int | None, patience_s: float = PATIENCE_S
+) -> bool:
     """Leave nothing in the database's files of what was deleted; whether that is so now.
 
     :param gone: pieces of it (see ``residue``); ``None`` where there is too much to look for, or it is not known.
+    :param mark: struck off then; ``None`` to leave it.
     """
     pooled = engine.raw_connection()
     connection = pooled.driver_connection
@@ -45,7 +53,7 @@ def scrub(engine: sa.Engine, path: Path, gone: set[bytes] | None, patience_s: fl
         [(timeout,)] = connection.execute("PRAGMA busy_timeout").fetchall()
         connection.execute(f"PRAGMA busy_timeout = {int(patience_s * 1000)}")
         try:
-            return _scrubbed(connection, path, gone)
+            return _scrubbed(connection, path, gone, mark)
         except sqlite3.OperationalError:  # locked, read-only, no room for the copy: it stays due
             return False
         finally:
@@ -56,8 +64,7 @@ def scrub(engine: sa.Engine, path: Path, gone: set[bytes] | None, patience_s: fl
         pooled.close()
 
 
-def _scrubbed(connection: sqlite3.Connection, path: Path, gone: set[bytes] | None) -> bool:
-    [(due,)] = connection.execute("PRAGMA user_version").fetchall()
+def _scrubbed(connection: sqlite3.Connection, path: Path, gone: Collection[bytes] | None, mark: int | None) -> bool:
     if not _log_emptied(connection):
         return False
     if gone is None or still_there(path, gone):
@@ -66,7 +73,7 @@ def _scrubbed(connection: sqlite3.Connection, path: Path, gone: set[bytes] | Non
             return False
     connection.execute("BEGIN IMMEDIATE")
     [(now,)] = connection.execute("PRAGMA user_version").fetchall()
-    if now == due:  # else another process has deleted something meanwhile, and its work is due
+    if now == mark:  # else something was deleted meanwhile, and that work is due
         connection.execute("PRAGMA user_version = 0")
     connection.commit()
     return True

@@ -7,8 +7,10 @@ disk, one that raises has changed nothing.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from sqlalchemy import func, select
 from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
-from memory_os.protocols import Profile, State
+from memory_os.protocols import Deleted, Profile, State
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
 from memory_os.stores import digest, forgetting, fulltext, manifest, residue, scrub, tombstones
 from memory_os.stores import items as item_rows
@@ -38,7 +40,7 @@ from memory_os.stores.schema import (
     traces,
     vectors,
 )
-from memory_os.trace import trace_from_dict, trace_to_dict, without_text
+from memory_os.trace import part_in, trace_from_dict, trace_to_dict, without_text
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
@@ -99,14 +101,13 @@ class SqliteStore:
             if restore:
                 ns, _ = self._claim(connection, namespace)
                 tombstones.lift(connection, ns, _names(new))
-            return self._insert(connection, namespace, prepared)
+            return self._insert(connection, namespace, prepared, restore=restore)
 
     def forgotten(self, namespace: Namespace, new: Sequence[NewSegment]) -> int:
-        """How many of these were forgotten, by id or key, and are not stored again by ``append``."""
-        new = [self._cleaned(item) for item in new]
+        """How many of these were forgotten, or sum up what was, and are not stored by ``append``."""
         with self.database.read() as connection:
-            gone = tombstones.buried(connection, self._namespace_id(connection, namespace), _names(new))
-        return sum(item.id in gone.ids or item.key in gone.keys for item in new)
+            ns = self._namespace_id(connection, namespace)
+            return len(_forgotten(connection, ns, [self._cleaned(item) for item in new]))
 
     def replace(self, namespace: Namespace, new: Sequence[NewSegment]) -> list[Segment]:
         """Store under their keys, in the order given, each in place of what is under its key and differs."""
@@ -141,20 +142,23 @@ class SqliteStore:
         return item, self._count_tokens(item.text), terms_of(item.text)
 
     def _insert(
-        self, connection: sa.Connection, namespace: Namespace, prepared: Sequence[tuple[NewSegment, int, list[str]]]
+        self,
+        connection: sa.Connection,
+        namespace: Namespace,
+        prepared: Sequence[tuple[NewSegment, int, list[str]]],
+        *,
+        restore: bool = False,
     ) -> list[Segment]:
         now = datetime.now(UTC)
         stored: list[Segment] = []
         ns, last_seq = self._claim(connection, namespace)
         keys = self._existing(connection, segments.c.key, [i.key for i, _, _ in prepared if i.key], ns)
         ids = self._existing(connection, segments.c.id, [i.id for i, _, _ in prepared if i.id], ns)
-        gone = tombstones.buried(connection, ns, _names([item for item, _, _ in prepared]))
-        keys.update(gone.keys)
-        ids.update(gone.ids)
+        gone = set() if restore else _forgotten(connection, ns, [item for item, _, _ in prepared])
         rows, n_terms = [], 0
         lexical: list[list[str]] = []
-        for item, n_tokens, terms in prepared:
-            if item.key in keys or item.id in ids:
+        for n, (item, n_tokens, terms) in enumerate(prepared):
+            if n in gone or item.key in keys or item.id in ids:
                 continue
             last_seq = max(last_seq + 1, item.seq or 0)
             segment = Segment(
@@ -240,14 +244,20 @@ class SqliteStore:
                 found += (to_segment(row, namespace) for row in connection.execute(query))
         return found
 
-    def find(self, namespace: Namespace, ref: str) -> Segment | None:
-        """The segment with this id, or with this ``seq`` where ``ref`` is a number (``12`` or ``#12``)."""
+    def find(self, namespace: Namespace, ref: str | int) -> Segment | None:
+        """The segment with this ``seq``; for text with this id, or if there is none and it says ``12`` or ``#12`` so.
+
+        An id may be anything, a number too: it goes first, so that whoever has one gets its segment or none.
+        """
         with self.database.read() as connection:
-            ns = self._namespace_id(connection, namespace)
-            number = as_seq(ref)
-            which = segments.c.id == ref if number is None else segments.c.seq == number
-            row = connection.execute(select(segments).where(segments.c.namespace_id == ns, which)).one_or_none()
-            return to_segment(row, namespace) if row else None
+            mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
+            number = as_seq(ref) if isinstance(ref, str) else ref
+            by_id, by_seq = segments.c.id == ref, segments.c.seq == number
+            for which in (by_id, by_seq) if isinstance(ref, str) else (by_seq,):
+                row = connection.execute(select(segments).where(mine, which)).one_or_none()
+                if row:
+                    return to_segment(row, namespace)
+        return None
 
     def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
         """These ids, and those of every summary that was made of them or shown them, through all levels."""
@@ -323,28 +333,33 @@ class SqliteStore:
             return list(connection.execute(query.order_by(segments.c.seq)).scalars())
 
     def delete(
-        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
-    ) -> dict[str, int]:
-        """Delete segments and the summaries of them for good, with all that was derived from either; counts by place.
+        self, going: Mapping[Namespace, Sequence[str]], *, everything: bool = False, preview: bool = False
+    ) -> Deleted:
+        """Delete segments and the summaries of them for good, with all that was derived from either.
 
-        All scores of the namespace go: nothing tells of which texts they are. When it returns, no file of the database
-        holds their text any more, unless ``unfinished`` says so.
+        All scores of the namespaces go: nothing tells of which texts they are.
 
-        :param items: also every item of the namespace, in the same transaction.
+        :param everything: all that the namespaces hold, whatever segments are named.
         :param preview: only count.
         """
+        counts = Counter(dict.fromkeys(forgetting.PLACES, 0))
+        gone: set[bytes] | None = set()
+        bank_folder = manifest.bank_folder(self.path)
         with self.database.write() as connection:
-            ns = self._namespace_id(connection, namespace)
-            bank_folder = manifest.bank_folder(self.path)
-            counts, gone = forgetting.forget(connection, bank_folder, ns, ids, preview=preview)
-            counts["items"] = item_rows.forget(connection, ns, datetime.now(UTC)) if items else 0
-            deleted = bool(counts["segments"] or counts["items"]) and not preview
-            if deleted:
-                scrub.mark(connection)
-            else:
+            for namespace, ids in going.items():
+                ns = self._namespace_id(connection, namespace)
+                removed = forgetting.forget(connection, bank_folder, ns, ids, everything=everything, preview=preview)
+                counts.update(removed.counts)
+                gone = None if gone is None or removed.gone is None else gone | removed.gone
+            if preview or not any(counts.values()):
                 connection.rollback()
-        counts["unfinished"] = int(deleted and not self.database.scrub(None if items else gone))
-        return counts
+                return Deleted(dict(counts), gone, 0, True)
+            alone = not scrub.due(connection)
+            return Deleted(dict(counts), gone if alone else None, scrub.mark(connection), alone)
+
+    def scrub(self, deleted: Deleted, *, index_purged: bool) -> bool:
+        """Leave nothing in the store's files of what was deleted; whether that is so now."""
+        return self.database.scrub(deleted.gone, deleted.mark, index_purged=index_purged)
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.
@@ -606,18 +621,20 @@ class SqliteStore:
 
     # -- traces --------------------------------------------------------------------------------------------------
 
-    def save_trace(self, trace: Trace) -> None:
+    def save_trace(self, trace: Trace, *, restore: bool = False) -> None:
         """Store a trace, or replace the one with its id; nothing of a turn, or of words, that were forgotten."""
         if self._redact:
             trace = clean_trace(trace, self._redact)
         with self.database.write() as connection:
             ns, _ = self._claim(connection, trace.namespace)
-            part_of_it = {trace.query_id, trace.reply_id, *trace.flash, *(e.segment_id for e in trace.ledger)}
-            gone = tombstones.buried(connection, ns, tombstones.Names({id_ for id_ in part_of_it if id_})).ids
+            own = tombstones.Names(traces=[trace.id])
+            if restore:
+                tombstones.lift(connection, ns, own)
+            gone = tombstones.buried(connection, ns, own._replace(ids=part_in(trace)))
             connection.execute(traces.delete().where(traces.c.id == trace.id, traces.c.namespace_id == ns))
-            if trace.query_id in gone or trace.reply_id in gone:
+            if trace.id in gone.traces or {trace.query_id, trace.reply_id} & {*gone.ids}:
                 return
-            trace = without_text(trace, gone)
+            trace = without_text(trace, gone.ids)
             connection.execute(
                 traces.insert().values(
                     id=trace.id,
@@ -630,18 +647,19 @@ class SqliteStore:
             )
             digest.note_activations(connection, ns, trace)
 
-    def load_trace(self, namespace: Namespace, ref: str | None) -> Trace | None:
+    def load_trace(self, namespace: Namespace, ref: str | int | None) -> Trace | None:
         """The trace with this id, or of the turn whose query or reply segment is ``ref``; the newest for ``None``."""
+        own = traces.c.id == ref
         segment = self.find(namespace, ref) if ref is not None else None
-        wanted = segment.id if segment else ref
+        turn = sa.or_(*(column == segment.id for column in (traces.c.query_id, traces.c.reply_id))) if segment else own
         with self.database.read() as connection:
-            query = select(traces.c.body).where(traces.c.namespace_id == self._namespace_id(connection, namespace))
-            if wanted is not None:
-                columns = (traces.c.id, traces.c.query_id, traces.c.reply_id)
-                query = query.where(sa.or_(*(column == wanted for column in columns)))
-            newest = query.order_by(traces.c.created_at.desc(), traces.c.id.desc()).limit(1)
-            body = connection.execute(newest).scalar_one_or_none()
-        return trace_from_dict(body) if body is not None else None
+            mine = traces.c.namespace_id == self._namespace_id(connection, namespace)
+            newest = select(traces.c.body).where(mine).order_by(traces.c.created_at.desc(), traces.c.id.desc()).limit(1)
+            for which in [sa.true()] if ref is None else [own, turn] if isinstance(ref, str) else [turn]:
+                body = connection.execute(newest.where(which)).scalar_one_or_none()
+                if body is not None:
+                    return trace_from_dict(body)
+        return None
 
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
         """Every trace of the namespace, oldest first."""
@@ -720,6 +738,18 @@ class SqliteStore:
 def _names(new: Iterable[NewSegment]) -> tombstones.Names:
     every = list(new)
     return tombstones.Names({item.id for item in every if item.id}, {item.key for item in every if item.key})
+
+
+def _forgotten(connection: sa.Connection, ns: int, new: Sequence[NewSegment]) -> set[int]:
+    """Which of these, by position, were forgotten by id or key, or are summaries of what was."""
+    sources = [set(digest.sources(item.metadata)) if item.kind == "summary" else set[str]() for item in new]
+    names = _names(new)
+    gone = tombstones.buried(connection, ns, tombstones.Names({*names.ids, *chain(*sources)}, names.keys))
+    return {
+        n
+        for n, (item, of) in enumerate(zip(new, sources, strict=True))
+        if item.id in gone.ids or item.key in gone.keys or not of.isdisjoint(gone.ids)
+    }
 
 
 def _says_the_same(segment: Segment, new: NewSegment) -> bool:

@@ -1,6 +1,7 @@
-"""What was forgotten stays so: digests of the ids and keys that are not to be stored again. Functions on a connection.
+"""What was forgotten stays so: digests of the names that are not to be stored again. Functions on a connection.
 
-A digest tells nothing of what it was made of, and is another one in every namespace.
+What a digest was made of cannot be read back; it is another one in every namespace. Whoever has the file can test a
+guess.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from memory_os.stores.schema import tombstones
 
 __all__ = ["Names", "buried", "bury", "lift"]
 
+KINDS = ("id", "key", "trace", "item")  # of Names, in order
+
 
 class Names(NamedTuple):
-    """Ids and keys of segments."""
+    """Ids and keys of segments, ids of traces that are of no segment, and addresses of items."""
 
-    ids: Collection[str]
+    ids: Collection[str] = ()
     keys: Collection[str] = ()
+    traces: Collection[str] = ()
+    items: Collection[str] = ()
 
 
 def bury(connection: sa.Connection, ns: int, names: Names) -> int:
-    """Have these ids and keys not stored again; how many are new."""
+    """Have these not stored again; how many are new."""
     digests = _digests(ns, names)
     known = set(_existing(connection, ns, digests))
     rows = [
@@ -43,8 +48,8 @@ def bury(connection: sa.Connection, ns: int, names: Names) -> int:
 def buried(connection: sa.Connection, ns: int, names: Names) -> Names:
     """Those of them that are not to be stored again."""
     digests = _digests(ns, names)
-    found = [digests[digest] for digest in _existing(connection, ns, digests)]
-    return Names({name for kind, name in found if kind == "id"}, {name for kind, name in found if kind == "key"})
+    found = {digests[digest] for digest in _existing(connection, ns, digests)}
+    return Names(*({name for kind, name in found if kind == each} for each in KINDS))
 
 
 def lift(connection: sa.Connection, ns: int, names: Names) -> None:
@@ -61,5 +66,5 @@ def _existing(connection: sa.Connection, ns: int, digests: Iterable[bytes]) -> I
 
 
 def _digests(ns: int, names: Names) -> dict[bytes, tuple[str, str]]:
-    both = [("id", id_) for id_ in names.ids] + [("key", key) for key in names.keys]
-    return {hashlib.sha256(f"{ns} {kind} {name}".encode()).digest()[:16]: (kind, name) for kind, name in both}
+    every = [(kind, name) for kind, each in zip(KINDS, names, strict=True) for name in each]
+    return {hashlib.sha256(f"{ns} {kind} {name}".encode()).digest()[:16]: (kind, name) for kind, name in every}

@@ -190,7 +190,7 @@ def test_an_id_may_hold_anything(store):
     assert all(same(kv, make_kv(ids.index(id_))) for id_, kv in bank.get(ALICE, "f", ids).items())
     assert len(files(store)) == len(bank.get(ALICE, "f", ids)) == len(ids)
     assert {path.parent.name for path in files(store)} == {"1"}
-    assert store.delete(ALICE, ids)["bank"] == len(ids)
+    assert store.delete({ALICE: ids}).counts["bank"] == len(ids)
     assert files(store) == []
 
 
@@ -244,7 +244,7 @@ def test_nothing_crosses_a_namespace(store):
     assert set(bank.get(ALICE, "f", ["same", only_bobs])) == {"same"}
     assert [id_ for id_, _ in bank.search(ALICE, "f", query, 3)] == ["same"]
     assert {id_ for id_, _ in bank.search(BOB, "f", query, 3)} == {"same", only_bobs}
-    assert store.delete(ALICE, ["same"])["bank"] == 1
+    assert store.delete({ALICE: ["same"]}).counts["bank"] == 1
     assert bank.get(ALICE, "f", ["same"]) == {}
     assert set(bank.get(BOB, "f", ["same", only_bobs])) == {"same", only_bobs}
     bank.drop(ALICE)
@@ -329,7 +329,7 @@ def test_forgetting_takes_files_and_rows_also_of_other_fingerprints_and_those_wi
     (one.parent / one.name.replace(".", ".0", 1)).write_bytes(b"without a row")
     assert store.stats(ALICE)["bank"] == 4
     assert len(files(store)) == 6
-    assert store.delete(ALICE, [gone])["bank"] == 4
+    assert store.delete({ALICE: [gone]}).counts["bank"] == 4
     assert files(store) == files_of(store, kept)
     assert len(files(store)) == 2
     assert store.stats(ALICE)["bank"] == 2
@@ -342,7 +342,7 @@ def test_forgetting_counts_an_entry_whose_file_is_missing(store):
     [a] = add(store, 1)
     bank_of(store).put(ALICE, "f", {a: make_kv(1)}, LAYER)
     files(store)[0].unlink()
-    assert store.delete(ALICE, [a])["bank"] == 1
+    assert store.delete({ALICE: [a]}).counts["bank"] == 1
 
 
 @pytest.mark.parametrize("when", [0, 1], ids=["before its file is written", "after"])
@@ -353,7 +353,7 @@ def test_a_segment_that_is_forgotten_during_put_leaves_nothing(store, monkeypatc
 
     def forget_then_encode(kv, *rest):
         if len(encoded) == when:
-            assert store.delete(ALICE, [a])["bank"] == when  # the file that is written aside is found
+            assert store.delete({ALICE: [a]}).counts["bank"] == when  # the file that is written aside is found
         encoded.append(kv)
         return encode(kv, *rest)
 
@@ -393,7 +393,7 @@ def test_a_forget_that_fails_says_so_and_forgets_nothing(store, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", refuse)
         with pytest.raises(StoreError, match=r"cannot delete .*Permission denied; check the permissions"):
-            store.delete(ALICE, [a])
+            store.delete({ALICE: [a]})
     assert [segment.id for segment in store.scan(ALICE)] == [a]
     assert set(bank.get(ALICE, "f", [a])) == {a}
 
@@ -406,7 +406,7 @@ def test_what_another_process_removed_is_let_go_of(store):
     path = str(files_of(store, a)[0])
     maps = Path("/proc/self/maps")
     assert not maps.exists() or path in maps.read_text()
-    store.delete(ALICE, [a])
+    store.delete({ALICE: [a]})
     assert set(bank.entries(ALICE, "f")) == {b}
     assert {key[2] for key in bank._resident} == {b}
     assert not maps.exists() or path not in maps.read_text()
@@ -701,7 +701,7 @@ def test_search_sees_at_once_what_another_instance_writes_replaces_and_removes(s
         there.put(ALICE, "f", {id_: kv}, LAYER)
         state[id_] = kv
         assert agrees()
-    store.delete(ALICE, [b])
+    store.delete({ALICE: [b]})
     del state[b]
     assert agrees()
     there.drop(ALICE)
@@ -803,7 +803,7 @@ def test_forgetting_takes_the_file_that_a_killed_put_left(store):
     assert done.returncode == -signal.SIGKILL
     assert len(files(store)) == 2
     assert store.stats(ALICE)["bank"] == 0
-    assert store.delete(ALICE, [b])["bank"] == 1
+    assert store.delete({ALICE: [b]}).counts["bank"] == 1
     assert files(store) == files_of(store, c)
 
 

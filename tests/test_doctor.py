@@ -61,7 +61,7 @@ def test_a_stray_in_the_index_is_found_and_mended(tmp_path):
         segment = memory.namespace("a").add("kite")
         memory.namespace("a").add("boat")
         memory.parts.index.sync(("a",))
-        memory.parts.store.delete(("a",), [segment.id])  # without the facade's sync of the index
+        memory.parts.store.delete({("a",): [segment.id]})  # without the facade's sync of the index
         assert memory.check()["index"] == [segment.id]
         assert memory.repair()["index"] == 1
         assert not any(memory.check().values())
@@ -71,8 +71,8 @@ def test_a_stray_of_an_emptied_namespace_is_found_and_mended(tmp_path):
     with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="chroma") as memory:
         segment = memory.namespace("a").add("kite")
         memory.parts.index.sync(("a",))
-    with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="exact") as memory:
-        memory.namespace("a").forget(everything=True)
+        deleted = memory.parts.store.delete({("a",): [segment.id]})
+        memory.parts.store.scrub(deleted, index_purged=True)  # which was not
     with Memory.open(tmp_path / "memory.db", embedder="hash", vectors="chroma") as memory:
         assert memory.check()["index"] == [segment.id]
         memory.repair()

@@ -484,7 +484,7 @@ def test_a_forgotten_passage_is_not_ingested_again_but_new_ones_are(memory, tmp_
     assert SECRET in "".join(s.text for s in scope.history())
 
 
-def test_the_tombstone_tells_nothing_and_what_is_replaced_leaves_none(memory, tmp_path):
+def test_the_tombstone_cannot_be_read_and_what_is_replaced_leaves_none(memory, tmp_path):
     scope = memory.namespace("a")
     [first] = scope.replace_many([NewSegment("one", "s", key="passport of Alice")])
     [second] = scope.replace_many([NewSegment("two", "s", key="passport of Alice")])

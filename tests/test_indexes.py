@@ -80,7 +80,7 @@ def test_rows_added_later_are_found_and_deleted_ones_are_gone(store, make_index)
     rows = unit(rng, 40)
     later = add(store, ALICE, rows)
     assert index.search(ALICE, rows[3], 1)[0][0] == later[3]
-    store.delete(ALICE, [later[3]])
+    store.delete({ALICE: [later[3]]})
     assert later[3] not in {id_ for id_, _ in index.search(ALICE, rows[3], 99)}
     index.sync(ALICE)
     assert index.ids(ALICE) == {*first, *later} - {later[3]}
@@ -123,7 +123,7 @@ def test_an_index_opened_again_catches_up(store, make_index):
     index.sync(ALICE)
     index.close()
     more = add(store, ALICE, rows[3:])
-    store.delete(ALICE, [first[0]])
+    store.delete({ALICE: [first[0]]})
     again = make_index()
     assert {id_ for id_, _ in again.search(ALICE, rows[0], 99)} == {*first[1:], *more}
 

@@ -512,7 +512,7 @@ def test_the_command_knows_items(path, monkeypatch):
     assert "Wrote 0 segments" in memos("export", str(file)).stdout
     assert memos("forget", "--everything", "--preview").stdout == "Would forget 0 segments and 2 items.\n"
     assert memos("forget", "--everything", "--yes").stdout == "Forgot 0 segments and 2 items.\n"
-    assert memos("import", str(file)).exit_code == 0
+    assert memos("import", str(file), "--restore").exit_code == 0
     assert json.loads(memos("forget", "--everything", "--yes", "--json").stdout)["items"] == 2
 
 

@@ -102,7 +102,7 @@ def test_nothing_crosses_a_namespace(store):
         assert [id_ for id_, _ in store.search(labels, "secret painting", 10)] == [mine.id]
         others = [s.id for other in hostile if other != labels for s in store.scan(other)]
         assert store.get(labels, others) == {}
-        assert store.delete(labels, others)["segments"] == 0
+        assert store.delete({labels: others}).counts["segments"] == 0
     assert store.find(("nobody",), "1") is None
     assert store.search(("nobody",), "secret", 5) == []
 
@@ -126,10 +126,10 @@ def test_tail_and_scan_follow_session_and_bounds(store, monkeypatch):
 def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     kept, gone = store.append(ALICE, turns("keep the boat", "drop the kite"))
     store.put_vectors(ALICE, "f", [kept.id, gone.id], np.eye(2, 4, dtype=np.float32))
-    counts = store.delete(ALICE, [gone.id])
+    counts = store.delete({ALICE: [gone.id]}).counts
     assert counts == {
         "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
-        "traces_blanked": 0, "tombstones": 1, "items": 0, "unfinished": 0,
+        "traces_blanked": 0, "tombstones": 1, "items": 0,
     }  # fmt: skip
     assert store.search(ALICE, "kite", 5) == []
     assert [id_ for id_, _ in store.search(ALICE, "boat", 5)] == [kept.id]
