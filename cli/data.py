@@ -101,7 +101,7 @@ def summarize(
             raise
     if json:
         levels = [
-            [{"seq": segment.seq, "id": segment.id, "of": segment.metadata["of"]} for segment in level]
+            [{"seq": segment.seq, "id": segment.id, "of": segment.metadata.get("of")} for segment in level]
             for level in summary.levels
         ]
         render.print_json(

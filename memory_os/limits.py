@@ -25,6 +25,7 @@ __all__ = [
     "MAX_SEQ",
     "MAX_SOURCE_CHARS",
     "MAX_TEXT_CHARS",
+    "RESERVED",
     "archive_kind",
     "check_count",
     "check_name",
@@ -57,6 +58,8 @@ MAX_FILE_BYTES = 1_000_000_000
 
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note", "summary")
+RESERVED = frozenset({"langchain_message", "derived", "outcome"})
+"""Names in a segment's metadata under which the parts of memory_os tell one another something."""
 _ARCHIVES = {
     b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"\x28\xb5\x2f\xfd": "zstd",
