@@ -14,6 +14,7 @@ from memory_os.errors import InvalidInputError
 from memory_os.types import NewSegment, Trace
 
 __all__ = [
+    "MAX_DEPTH",
     "MAX_FILE_BYTES",
     "MAX_ITEM_CHARS",
     "MAX_LABEL_CHARS",
@@ -28,6 +29,7 @@ __all__ = [
     "RESERVED",
     "archive_kind",
     "check_count",
+    "check_depth",
     "check_name",
     "checked_metadata",
     "checked_segment",
@@ -51,6 +53,8 @@ MAX_ITEM_CHARS = 1_000_000
 MAX_PATH_LABELS = 64
 MAX_LABEL_CHARS = 1_024
 """Of a label of an item's path, and of its key."""
+MAX_DEPTH = 64
+"""Of lists and objects in one another, in metadata or in an item's value; the outermost counts."""
 MAX_LINE_CHARS = 16_000_000
 """Of a line of an export, or of a chat in JSONL."""
 MAX_FILE_BYTES = 1_000_000_000
@@ -96,17 +100,32 @@ def check_count(n: int) -> None:
         )
 
 
+def check_depth(value: object) -> None:
+    """Make sure that lists and objects stand in one another no deeper than ``MAX_DEPTH``.
+
+    :raises ValueError: if they do, also for one that holds itself.
+    """
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, Mapping | list | tuple)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects in it stand in one another more than {MAX_DEPTH} deep; flatten it")
+        level = [inner for each in level for inner in (each.values() if isinstance(each, Mapping) else each)]
+
+
 def checked_metadata(metadata: object, *, source: str | None = None, line: int | None = None) -> dict[str, Any]:
     """Metadata as plain JSON.
 
-    :raises InvalidInputError: for anything that JSON does not hold, and for more than ``MAX_METADATA_CHARS``.
+    :raises InvalidInputError: for anything that JSON does not hold, and for more than ``MAX_METADATA_CHARS`` or
+        ``MAX_DEPTH``.
     """
     try:
         if not isinstance(metadata, Mapping):
             raise TypeError(f"it is no mapping, but {type(metadata).__name__}")
+        check_depth(metadata)
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         problem = f"the metadata cannot be written as JSON: {error}"
         raise InvalidInputError(problem, source=source, line=line) from error
     if len(text) > MAX_METADATA_CHARS:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ TIMES = ("created_at", "updated_at", "expires_at")
 def segment_to_dict(segment: Segment) -> dict[str, Any]:
     """Give back the segment as JSON-ready data."""
     return {
-        **asdict(segment),
+        **{field.name: getattr(segment, field.name) for field in fields(segment)},
+        "metadata": dict(segment.metadata),
         "namespace": list(segment.namespace),
         "created_at": segment.created_at.isoformat(),
         "offset": list(segment.offset) if segment.offset else None,

@@ -25,6 +25,19 @@ def long(n: int) -> str:
     return "x" * (n + 1)
 
 
+def nested(depth: int) -> object:
+    inner: object = 1
+    for n in range(depth):
+        inner = [inner] if n % 2 else {"a": inner}
+    return inner
+
+
+def of_itself() -> dict[str, object]:
+    loop: dict[str, object] = {}
+    loop["a"] = loop
+    return loop
+
+
 TOO_LONG = {
     "a text": (lambda a: a.add(long(lim.MAX_TEXT_CHARS)), lim.MAX_TEXT_CHARS),
     "a text among several": (
@@ -40,6 +53,13 @@ TOO_LONG = {
     "an id": (lambda a: a.add_many([NewSegment("x", "s", id=long(lim.MAX_NAME_CHARS))]), lim.MAX_NAME_CHARS),
     "a source": (lambda a: a.add_many([NewSegment("x", "s", source=long(8192))]), 8192),
     "metadata": (lambda a: a.add("x", metadata={"a": long(lim.MAX_METADATA_CHARS)}), lim.MAX_METADATA_CHARS),
+    "depth of metadata": (lambda a: a.add("x", metadata={"a": nested(lim.MAX_DEPTH)}), lim.MAX_DEPTH),
+    "metadata that holds itself": (lambda a: a.add("x", metadata=of_itself()), lim.MAX_DEPTH),
+    "depth of a message of a file": (
+        lambda a: a.ingest(io.BytesIO(json.dumps([{"text": "x", "a": nested(600)}]).encode()), format="chat"),
+        lim.MAX_DEPTH,
+    ),
+    "depth of an item's value": (lambda a: a.items.put(("p",), "k", {"a": nested(lim.MAX_DEPTH)}), lim.MAX_DEPTH),
     "segments at once": (
         lambda a: a.add_many([NewSegment("x", "s")] * (lim.MAX_SEGMENTS_PER_CALL + 1)),
         lim.MAX_SEGMENTS_PER_CALL,
@@ -77,6 +97,14 @@ def test_what_is_at_the_limit_is_stored(alice):
         "x" * lim.MAX_TEXT_CHARS, speaker="s" * lim.MAX_NAME_CHARS, metadata={"a": "x" * (lim.MAX_METADATA_CHARS - 9)}
     )
     alice.items.put(("x" * lim.MAX_LABEL_CHARS,) * lim.MAX_PATH_LABELS, "k", {"a": "x" * (lim.MAX_ITEM_CHARS - 9)})
+    deep = {"a": nested(lim.MAX_DEPTH - 1)}
+    alice.add("deep", metadata=deep)
+    alice.items.put(("deep",), "k", deep)
+    lines = io.StringIO()
+    alice.export(lines)
+    alice.forget(everything=True)
+    alice.import_(lines.getvalue().splitlines(), restore=True)
+    assert alice.history()[1].metadata == alice.items.get(("deep",), "k").value == deep
     alice.add_many([NewSegment("last", "s", seq=lim.MAX_SEQ)])
     assert alice.add("after it").seq == lim.MAX_SEQ + 1
 
