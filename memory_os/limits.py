@@ -7,11 +7,16 @@ import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from memory_os.errors import InvalidInputError
+from memory_os.trace import trace_to_dict
 from memory_os.types import NewSegment, Trace
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "MAX_DEPTH",
@@ -181,27 +186,34 @@ def _is_span(value: object) -> bool:
 
 
 def checked_trace(trace: Trace) -> Trace:
-    """The trace, if what the store and the reader of a trace rely on is there.
+    """The trace, if everything in it is of the type that the store and the reader of a trace rely on.
 
     :raises ValueError: if not.
     """
-    names: list[object] = [trace.id, trace.controller, trace.config_hash, *trace.flash, *trace.cited, *trace.notes]
-    names += [trace.query, *(name for name in (trace.session, trace.query_id, trace.reply_id) if name is not None)]
-    names += [name for name in (trace.llm, trace.error) if name is not None]
-    numbers: list[object] = [trace.upto, trace.account.limit, trace.account.total]
+    from pydantic import ValidationError
+
+    try:
+        _traces().validate_json(json.dumps(trace_to_dict(trace), allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ValueError(f"a trace's {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    numbers: list[float] = [trace.upto, trace.account.limit, trace.account.total]
     for entry in trace.ledger:
-        names.append(entry.segment_id)
-        numbers += [entry.seq, entry.rank, entry.n_tokens, entry.score, *entry.signals.values()]
-        numbers += entry.contributions.values()
+        numbers += [entry.seq, entry.rank, entry.n_tokens, entry.score]
+        numbers += [*entry.signals.values(), *entry.contributions.values()]
     numbers += trace.timings_ms.values()
-    if not all(isinstance(name, str) and not any(0xD800 <= ord(c) <= 0xDFFF for c in name) for name in names):
-        raise ValueError("a trace's names and texts are strings")
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= MAX_SEQ for n in numbers):
-        raise ValueError("a trace's numbers are finite numbers")
+    if not all(abs(n) <= MAX_SEQ for n in numbers):
+        raise ValueError(f"a trace's numbers are at most {MAX_SEQ}")
     if len(trace.id) > MAX_NAME_CHARS:
         raise ValueError("a trace's id is too long")
-    json.dumps(trace.timings_ms, allow_nan=False)
     return trace
+
+
+@cache
+def _traces() -> TypeAdapter[Trace]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Trace)
 
 
 def parse_json(text: str) -> Any:

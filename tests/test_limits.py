@@ -184,3 +184,41 @@ def test_the_table_of_limits_tells_what_holds():
     table = (Path(__file__).resolve().parents[1] / "docs" / "limits.md").read_text("utf-8")
     for name in [name for name in dir(lim) if name.startswith("MAX_") and name != "MAX_SEQ"]:
         assert f"{getattr(lim, name):,}" in table, name
+
+
+BAD_TRACES = {
+    "notes.1": lambda trace: trace.update(notes=["a", 1]),
+    "error": lambda trace: trace.update(error=["x"]),
+    "calls.0.answer": lambda trace: trace.update(calls=[{**CALL, "answer": {"a": 1}}]),
+    "calls.0.purpose": lambda trace: trace.update(calls=[{**CALL, "purpose": json.loads("[" * 80 + "]" * 80)}]),
+    "calls.0.prompt_tokens": lambda trace: trace.update(calls=[{**CALL, "prompt_tokens": "x"}]),
+    "ledger.0.flags.0": lambda trace: trace["ledger"][0].update(flags=[1, None]),
+    "ledger.0.signals.a": lambda trace: trace["ledger"][0].update(signals={"a": None}),
+    "ledger.0.contributions": lambda trace: trace["ledger"][0].update(contributions=[1]),
+    "ledger.0.spans.0.0": lambda trace: trace["ledger"][0].update(spans=[["a", "b"]]),
+    "timings_ms": lambda trace: trace.update(timings_ms=[1.0]),
+    "account.system": lambda trace: trace["account"].update(system="x"),
+    "account.exact": lambda trace: trace["account"].update(exact="no"),
+    "confirmation.answer": lambda trace: trace.update(confirmation={**TOLD, "answer": 5}),
+    "confirmation.evidence.0": lambda trace: trace.update(confirmation={**TOLD, "evidence": [1]}),
+}
+CALL = {"purpose": "p", "verdict": "v", "answer": "a", "prompt_tokens": 1, "reply_tokens": 1}
+TOLD = {"by": "user", "answer": "a", "at": "2024-01-01T00:00:00+00:00", "evidence": None}
+
+
+@pytest.mark.parametrize("what", BAD_TRACES)
+def test_an_imported_trace_is_of_the_types_that_its_readers_rely_on(alice, what):
+    alice.add("The cat is grey.")
+    alice.context("cat?", record=True)
+    lines = io.StringIO()
+    alice.export(lines)
+    records = [json.loads(line) for line in lines.getvalue().splitlines()]
+    trace = next(record["trace"] for record in records if "trace" in record)
+    trace["id"] = "other"
+    trace.update(calls=[CALL], confirmation=TOLD)
+    alice.import_(map(json.dumps, records))
+    assert alice.why("other")[0].calls
+    trace["id"] = "worse"
+    BAD_TRACES[what](trace)
+    with pytest.raises(InvalidInputError, match=rf"line 4: .*\b{what}\b"):
+        alice.import_(map(json.dumps, records))
