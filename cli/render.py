@@ -46,7 +46,7 @@ PIPE_WIDTH = 160
 # What was stored, or what a model says, must not steer the terminal: an escape is shown, not obeyed.
 CONTROLS: dict[int, str | None] = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"},
-    **dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+    **dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"),
     ord("\r"): None,
 }
 
@@ -77,7 +77,8 @@ def _console(file: IO[str], width: int | None = None) -> Console:
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    print(printable(json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None, default=str)))
+    text = json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None, default=str)
+    print(printable(text.encode(errors="backslashreplace").decode()))  # a file's name may be no UTF-8
 
 
 def printable(text: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from memory_os.errors import InvalidInputError
+from memory_os.errors import InvalidInputError, UnknownNameError
 from memory_os.trace import trace_to_dict
 from memory_os.types import NewSegment, Trace
 
@@ -33,12 +36,14 @@ __all__ = [
     "MAX_TEXT_CHARS",
     "RESERVED",
     "archive_kind",
+    "as_ref",
     "check_count",
     "check_depth",
     "check_name",
     "checked_metadata",
     "checked_segment",
     "checked_trace",
+    "is_storable",
     "open_file",
     "parse_json",
 ]
@@ -69,10 +74,31 @@ ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note", "summary")
 RESERVED = frozenset({"langchain_message", "derived", "outcome"})
 """Names in a segment's metadata under which the parts of memory_os tell one another something."""
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _ARCHIVES = {
     b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"\x28\xb5\x2f\xfd": "zstd",
 }  # fmt: skip
+
+
+def is_storable(text: str) -> bool:
+    """Whether every database and file can hold the text: it has no NUL and no lone surrogate."""
+    return not _UNSTORABLE.search(text)
+
+
+def as_ref(ref: object, what: str) -> str:
+    """A reference to something stored, as text.
+
+    :param what: it is to be of, such as ``"segment"``.
+    :raises UnknownNameError: for one that nothing can have.
+    """
+    try:
+        text = str(ref)
+    except ValueError:  # a number that Python does not write out
+        text = "a number of thousands of digits"
+    if not is_storable(text):
+        raise UnknownNameError(what, text, hint="it holds what cannot be stored")
+    return text
 
 
 def check_name(
@@ -88,7 +114,7 @@ def check_name(
         problem = f"the {what} must be a string, not {type(name).__name__}"
     elif len(name) > most:
         problem = f"the {what} has {len(name)} characters, and may have {most}; use a shorter one"
-    elif "\x00" in name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+    elif not is_storable(name):
         problem = f"the {what} holds a NUL or a lone surrogate, which cannot be stored; remove it"
     if problem:
         raise InvalidInputError(problem, source=source, line=line)
@@ -234,22 +260,36 @@ def archive_kind(start: bytes) -> str | None:
     return next((kind for magic, kind in _ARCHIVES.items() if start.startswith(magic)), None)
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+@contextmanager
+def open_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A regular file, opened to be read.
 
-    A link is followed to what it names; a folder, a device, a pipe or a socket is refused: it may never end.
+    A link is followed to what it names; a folder, a device, a pipe or a socket is refused, and what the kernel makes up
+    as it is read, as under ``/proc``: it may never end.
 
-    :raises InvalidInputError: if it cannot be.
+    :raises InvalidInputError: if it cannot be, or fails while it is read.
     """
-    place = Path(path).expanduser()
     try:
-        if not stat.S_ISREG(place.stat().st_mode):  # before it is opened: to open a pipe waits for its other end
-            raise InvalidInputError(
-                "it is no regular file; name a file, or pipe it in where the command takes - for standard input",
-                source=str(path),
-            )
-        return place.open("rb")
+        with _opened(path) as stream:
+            yield stream
     except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
-    except ValueError as error:  # a NUL in the name
+        raise InvalidInputError(f"cannot read it: {error.strerror or error}", source=str(path)) from error
+
+
+def _opened(path: str | Path) -> IO[bytes]:
+    try:
+        place = Path(path).expanduser()
+        told = place.stat()  # before it is opened: to open a pipe waits for its other end
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; a home that is nobody's
         raise InvalidInputError(f"no file has such a name: {error}", source=str(path)) from error
+    if not stat.S_ISREG(told.st_mode) or (not told.st_size and _is_made_up(place)):
+        raise InvalidInputError(
+            "it is no regular file; name a file, or pipe it in where the command takes - for standard input",
+            source=str(path),
+        )
+    return place.open("rb")
+
+
+def _is_made_up(place: Path) -> bool:
+    """Whether it is on a file system that has no room of its own, as ``/proc`` has none."""
+    return hasattr(os, "statvfs") and os.statvfs(place).f_blocks == 0

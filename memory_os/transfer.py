@@ -139,20 +139,19 @@ def _item(data: Mapping[str, Any], name: str, line: int) -> ItemChange:
 
 def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace | ItemChange]:
     """What an export holds, from a file or from its lines."""
-    if not isinstance(file, str | Path):
-        yield from parse_lines(file, "-")
-        return
+    name = str(file) if isinstance(file, str | Path) else "-"
     try:
+        if not isinstance(file, str | Path):
+            yield from parse_lines(file, name)
+            return
         with open_file(file) as binary:
             if kind := archive_kind(binary.read(512)):
-                raise InvalidInputError(ARCHIVE.format(kind), source=str(file))
+                raise InvalidInputError(ARCHIVE.format(kind), source=name)
             binary.seek(0)
             lines = io.TextIOWrapper(binary, encoding="utf-8")
-            yield from parse_lines(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), str(file))
-    except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
+            yield from parse_lines(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), name)
     except UnicodeDecodeError as error:
-        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=str(file)) from error
+        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=name) from error
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
@@ -169,6 +168,8 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
+    except ValueError as error:  # a NUL in the name
+        raise InvalidInputError(f"no file has such a name: {error}", source=str(path)) from error
     except OSError as error:
         raise InvalidInputError(
             f"cannot write it: {error.strerror}; what was there before is untouched. Free some space, or check the "
