@@ -155,8 +155,14 @@ def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trac
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Write a file whole or not at all: what was there stays until the last line is on the disk."""
+    """Write a file whole or not at all: what was there stays until the last line is on the disk.
+
+    :raises InvalidInputError: if it cannot be written, or what is there is a folder or a device, which stays.
+    """
     try:
+        if path.exists() and not path.is_file():
+            problem = "it is no regular file, and stays as it is; name a file, or - for standard output"
+            raise InvalidInputError(problem, source=str(path))
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.name, delete=False
         ) as file:

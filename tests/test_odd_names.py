@@ -95,6 +95,18 @@ def test_a_file_that_breaks_while_it_is_read_is_one_error(alice, tmp_path):
         raise OSError(5, os.strerror(5))
 
 
+def test_an_export_takes_the_place_of_a_file_only(alice, tmp_path):
+    """Put in the place of /dev/null by root, a file would break every other program."""
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "link").symlink_to("device")
+    for place in (tmp_path / "device", tmp_path / "link", tmp_path):
+        with pytest.raises(InvalidInputError, match="no regular file, and stays"):
+            alice.export(place)
+    assert (tmp_path / "device").is_fifo()
+    (tmp_path / "old.jsonl").write_text("old")
+    assert alice.export(tmp_path / "old.jsonl") == 2
+
+
 ODD = os.fsdecode(b"\xff")
 COMMANDS = [
     ["why", ODD], ["why", "--expect", ODD], ["forget", ODD, "--yes"], ["forget", "--whole-session", ODD, "--yes"],
