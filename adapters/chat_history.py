@@ -27,6 +27,7 @@ __all__ = ["MemoryChatHistory"]
 
 WHOLE = "langchain_message"
 """Under this name in a segment's metadata stands a message that its text alone does not give back."""
+ROLES_OF_TYPES = {"human": "user", "ai": "assistant", "tool": "tool", "function": "tool"}
 
 
 class MemoryChatHistory(BaseChatMessageHistory):
@@ -71,7 +72,21 @@ def _is_plain(message: BaseMessage) -> bool:
 
 
 def _as_message(segment: Segment) -> BaseMessage:
-    if whole := segment.metadata.get(WHOLE):
-        return messages_from_dict([whole])[0]
+    if whole := _whole(segment):
+        return whole
     kind = AIMessage if segment.role == "assistant" else HumanMessage
     return kind(content=segment.text, name=segment.speaker)
+
+
+def _whole(segment: Segment) -> BaseMessage | None:
+    """The message that the metadata gives back, if it is what was said: an import, or a caller, may put anything there.
+
+    It says what the segment says, by the same role, and never is a system prompt.
+    """
+    try:
+        [message] = messages_from_dict([segment.metadata[WHOLE]])
+        [(_, said)] = as_segments([message], segment.session)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    role = ROLES_OF_TYPES.get(message.type.removesuffix("MessageChunk").lower())
+    return message if (role, said.text) == (segment.role, segment.text) else None

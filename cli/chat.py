@@ -248,7 +248,7 @@ class Chat:
     def _why(self, turn: str) -> None:
         trace, _ = self.scope.why(turn or (self.last.trace.id if self.last else None))
         for note in render.trace_notes(trace):
-            self._out.print(note, markup=False, soft_wrap=True)
+            self._out.print(render.plain(note), soft_wrap=True)
         self._out.print(render.ledger_table(trace, self.scope.segment))
 
     def _memory(self, _: str) -> None:
@@ -299,17 +299,18 @@ class Chat:
             self.budget = int(number)
         self._out.print(f"At most {self.budget} tokens a prompt.")
         if self.last:
-            self._out.print("The last one: " + render.account_line(self.last.context.account), soft_wrap=True)
+            line = "The last one: " + render.account_line(self.last.context.account)
+            self._out.print(render.plain(line), soft_wrap=True)
 
     def _session(self, name: str) -> None:
         if name:
             self.scope, self.last = self.scope.session(name), None
-        self._out.print(f"Session {self.scope.session_name}.", markup=False)
+        self._out.print(render.plain(f"Session {self.scope.session_name}."))
 
     def _export(self, file: str) -> None:
         # the whole namespace, as the command memos export does
         count = self.scope.whole().export(file)
-        self._out.print(f"Wrote {render.count_of(count)} to {file}.", markup=False)
+        self._out.print(render.plain(f"Wrote {render.count_of(count)} to {file}."))
 
     def _help(self, _: str) -> None:
         for name, about in self.COMMANDS.items():

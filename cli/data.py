@@ -101,7 +101,7 @@ def summarize(
             raise
     if json:
         levels = [
-            [{"seq": segment.seq, "id": segment.id, "of": segment.metadata["of"]} for segment in level]
+            [{"seq": segment.seq, "id": segment.id, "of": segment.metadata.get("of")} for segment in level]
             for level in summary.levels
         ]
         render.print_json(
@@ -241,7 +241,7 @@ def export(
     JSON: {"segments": 12, "file": "backup.jsonl"}
     """
     with opened({"store": store, "namespace": namespace, "session": session}) as (_, scope, _):
-        count = scope.export(sys.stdout if file == "-" else file)
+        count = scope.export(render.stdout() if file == "-" else file)
     if file == "-":
         return
     if json:
@@ -277,7 +277,7 @@ def export_alr2(
     lengths = [_tokens(each) for each in context_tokens.split(",")]
     with opened({"store": store, "namespace": namespace, "tokenizer": tokenizer}) as (_, scope, _):
         report = scope.export_alr2(
-            sys.stdout if file == "-" else file,
+            render.stdout() if file == "-" else file,
             context_tokens=lengths,
             exclude=exclude if exclude is not None else (),
             split=split,

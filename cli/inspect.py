@@ -55,12 +55,11 @@ def context(
             return
         out = render.out()
         for message in chosen.messages:
-            out.print(f"[bold]{message['role']}[/]")
+            out.print(render.plain(message["role"], "bold"))
             out.print(render.printable(message["content"]), markup=False, soft_wrap=True)
             out.print()
-        out.print(render.account_line(chosen.account))
-        for note in chosen.trace.notes:
-            out.print(note, markup=False)
+        for line in (render.account_line(chosen.account), *chosen.trace.notes):
+            out.print(render.plain(line))
         if why:
             out.print(render.ledger_table(chosen.trace, scope.segment))
 
@@ -131,7 +130,7 @@ def why(
         out = render.out()
         out.print(render.plain(render.snippet(trace.query, 200), "bold"), soft_wrap=True)
         for note in render.trace_notes(trace):
-            out.print(note, markup=False, soft_wrap=True)
+            out.print(render.plain(note), soft_wrap=True)
         out.print(render.ledger_table(trace, scope.segment))
         named = scope.segment(expect) if expect and finding and finding.stage != "stored" else None
         for entry in trace.ledger:
@@ -252,4 +251,5 @@ def config(
         return
     rows = {name: [str(origin.value), origin.source] for name, origin in origins.items()}
     render.out().print(render.pairs_table(rows, "setting", "value", "from"))
-    render.talk().print(f"The file is {config_path()}; a variable is MEMOS_ and the setting's name in capitals.")
+    line = f"The file is {config_path()}; a variable is MEMOS_ and the setting's name in capitals."
+    render.talk().print(render.plain(line))

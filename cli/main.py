@@ -94,8 +94,6 @@ def run() -> None:
 
 
 def _say(line: str) -> None:
-    from rich.text import Text
+    from memory_os.cli.render import plain, talk
 
-    from memory_os.cli.render import talk
-
-    talk().print(Text(line, style="red"), soft_wrap=True)
+    talk().print(plain(line, "red"), soft_wrap=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from memory_os.errors import UnknownNameError
 from memory_os.trace import set_apart
@@ -36,6 +37,7 @@ __all__ = [
     "printable",
     "segments_table",
     "snippet",
+    "stdout",
     "talk",
     "trace_notes",
 ]
@@ -44,34 +46,54 @@ PIPE_WIDTH = 160
 # What was stored, or what a model says, must not steer the terminal: an escape is shown, not obeyed.
 CONTROLS: dict[int, str | None] = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t\r"},
-    **dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+    **dict.fromkeys((*range(0x7F, 0xA0), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"),
     ord("\r"): None,
 }
 
 
 def out() -> Console:
     """Where results go."""
-    from rich.console import Console
-
     # a pipe has no width: tables are then wide enough to lose nothing
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return _console(sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def talk() -> Console:
     """Where everything else goes: progress, questions, notes."""
-    from rich.console import Console
+    return _console(sys.stderr)
 
-    return Console(file=sys.stderr, highlight=False)
+
+def _console(file: IO[str], width: int | None = None) -> Console:
+    """A console that passes no control on but rich's own, whatever is printed on it."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment as Piece
+
+    class Guarded(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Piece]:
+            for piece in super().render(renderable, options):
+                yield piece if piece.control else Piece(piece.text.translate(CONTROLS), piece.style)
+
+    return Guarded(file=file, highlight=False, width=width)
 
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(data, ensure_ascii=False, indent=None if not sys.stdout.isatty() else 2, default=str))
+    text = json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None, default=str)
+    print(printable(text.encode(errors="backslashreplace").decode()))  # a file's name may be no UTF-8
 
 
 def printable(text: str) -> str:
     """The text as a terminal may have it; for a pipe, exactly as it is."""
     return text.translate(CONTROLS) if sys.stdout.isatty() else text
+
+
+def stdout() -> IO[str]:
+    """Standard output for who writes to a file: a terminal gets what is printable."""
+    return cast("IO[str]", _Printable()) if sys.stdout.isatty() else sys.stdout
+
+
+class _Printable(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return sys.stdout.write(printable(text))
 
 
 def count_of(segments: int) -> str:
@@ -126,12 +148,13 @@ def ledger_table(trace: Trace, segment_of: Callable[[str], Segment]) -> Table:
             text = snippet(segment_of(entry.segment_id).text, max(room, 12))
         except UnknownNameError:
             text = "(forgotten)"
-        form = "" if entry.form in (None, "full") else f" as {entry.form}"
+        outcome = plain(entry.action, colours[entry.action])
+        outcome.append("" if entry.form in (None, "full") else f" as {entry.form}", "")
         if entry.flags:
-            form += f" [yellow](reads like an instruction: {', '.join(entry.flags)})[/]"
+            outcome.append_text(plain(f" (reads like an instruction: {', '.join(entry.flags)})", "yellow"))
         table.add_row(
-            f"#{entry.seq}", f"[{colours[entry.action]}]{entry.action}[/]{form}, {entry.reason}", str(entry.n_tokens),
-            f"{entry.score:.3f}", _reasons(reasons, entry.signals), plain(text),
+            f"#{entry.seq}", outcome.append(f", {entry.reason}", ""), str(entry.n_tokens),
+            f"{entry.score:.3f}", plain(_reasons(reasons, entry.signals)), plain(text),
         )  # fmt: skip
     return table
 
@@ -151,7 +174,7 @@ def contributions_table(entry: LedgerEntry, trace: Trace) -> Table:
     table = _table("signal", ("value", RIGHT), ("contribution", RIGHT), ("more than average", RIGHT))
     for name, value in sorted(entry.signals.items(), key=lambda pair: -abs(apart.get(pair[0], 0.0))):
         added = entry.contributions.get(name, 0.0)
-        table.add_row(name, f"{value:.3f}", f"{added:+.3f}", f"{apart.get(name, 0.0):+.3f}")
+        table.add_row(plain(name), f"{value:.3f}", f"{added:+.3f}", f"{apart.get(name, 0.0):+.3f}")
     return table
 
 
@@ -189,7 +212,7 @@ def hits_table(hits: Sequence[Hit]) -> Table:
     for hit, reasons in zip(hits, set_apart(hits), strict=True):
         segment = hit.segment
         table.add_row(
-            f"#{segment.seq}", f"{hit.score:.3f}", _reasons(reasons, hit.signals), plain(segment.who),
+            f"#{segment.seq}", f"{hit.score:.3f}", plain(_reasons(reasons, hit.signals)), plain(segment.who),
             plain(snippet(segment.text, 200)),
         )  # fmt: skip
     return table
@@ -199,7 +222,7 @@ def pairs_table(rows: Mapping[str, Sequence[str] | str], *columns: str) -> Table
     """Names and what belongs to them."""
     table = _table(*columns)
     for name, cells in rows.items():
-        table.add_row(name, *([plain(cells)] if isinstance(cells, str) else [plain(cell) for cell in cells]))
+        table.add_row(plain(name), *([plain(cells)] if isinstance(cells, str) else [plain(cell) for cell in cells]))
     return table
 
 

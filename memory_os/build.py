@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from memory_os.backlog import Backlog, VectorBacklog
 from memory_os.derive import catch_up
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
+from memory_os.limits import as_ref
 from memory_os.protocols import CachingLLM
 from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions, Namespace
@@ -149,6 +151,9 @@ def build_parts(
     :raises ConfigError: for a name that is not known or a package that is missing; nothing was created.
     :raises StoreError: if the database cannot be opened.
     """
+    for what, name in (("LLM", llm), ("embedder", embedder), ("controller", controller), ("tokenizer", tokenizer)):
+        if isinstance(name, str):
+            as_ref(name, what)
     file = database_path(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
@@ -206,7 +211,14 @@ def database_path(path: str | Path) -> Path:
         raise ConfigError("no database named; give a file's path, such as memory.db")
     if text == ":memory:":
         raise StoreError("memory is kept in a file: give its path; for a trial, one in a temporary folder")
-    return Path(text).expanduser().absolute()
+    try:
+        text.encode()
+        file = Path(text).expanduser().absolute()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            file.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL or no UTF-8; a home that is nobody's
+        raise StoreError(f"cannot open {text[:200]!r}: {error}; name another file") from error
+    return file
 
 
 def check_llm(controller: Controller, llm: LLM | None) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from memory_os.errors import ConfigError
+from memory_os.limits import is_storable
 from memory_os.turn import Options
 from memory_os.types import BankOptions
 
@@ -133,6 +134,10 @@ def load(flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Origin]]:
             if value is not None:
                 values[name] = value
                 sources[name] = _place(source, name)
+    for name, value in values.items():
+        if isinstance(value, str) and not is_storable(value):
+            problem = "holds a NUL or bytes that are no UTF-8; write it anew"
+            raise ConfigError(f"{sources[name]}: {name} = {value!r} {problem}")
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -162,5 +167,5 @@ def _file() -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, no TOML, or a number or a nesting beyond it
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from error

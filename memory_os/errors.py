@@ -34,8 +34,16 @@ __all__ = [
 ]
 
 
+LONGEST = 1000
+"""Characters of a message; what is longer is cut in its middle, where long names and paths stand."""
+
+
 class MemoryOSError(Exception):
     """Root of everything that memory_os raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]}[...]{text[-295:]}"
 
 
 class ConfigError(MemoryOSError):

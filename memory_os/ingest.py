@@ -24,6 +24,7 @@ from memory_os.limits import (
     MAX_FILE_BYTES,
     MAX_LINE_CHARS,
     MAX_TEXT_CHARS,
+    RESERVED,
     archive_kind,
     checked_segment,
     parse_json,
@@ -57,6 +58,8 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 _HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*\s*$")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SESSION = re.compile(r"^session_([0-9]{1,9})$")
+READ = frozenset({"text", "content", "role", "speaker", "name", "created_at", "timestamp", "date", "session"})
+"""Fields of a message that become parts of the segment; the others become its metadata."""
 _ROLES: dict[str, Role] = {
     "user": "user", "human": "user",
     "assistant": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
@@ -404,11 +407,7 @@ def _message(record: Any, name: str, session: str, line: int | None, time: datet
         raise InvalidInputError(f"unknown role {record['role']!r}; known: {', '.join(_ROLES)}", source=name, line=line)
     when = record.get("created_at", record.get("timestamp", record.get("date")))
     speaker = record.get("speaker", record.get("name"))
-    extra = {
-        field: value
-        for field, value in record.items()
-        if field not in ("text", "content", "role", "speaker", "name", "created_at", "timestamp", "date", "session")
-    }
+    extra = {field: value for field, value in record.items() if field not in READ and field not in RESERVED}
     new = NewSegment(
         check_text(text, source=name, line=line),
         str(record.get("session", session)),

@@ -12,7 +12,7 @@ from typing import Any
 from memory_os.backlog import VectorBacklog
 from memory_os.derive import BATCH, INLINE_PENDING, deferrable
 from memory_os.errors import ConfigError, InvalidInputError
-from memory_os.limits import MAX_ITEM_CHARS, MAX_LABEL_CHARS, MAX_PATH_LABELS, MAX_TEXT_CHARS
+from memory_os.limits import MAX_ITEM_CHARS, MAX_LABEL_CHARS, MAX_PATH_LABELS, MAX_TEXT_CHARS, check_depth
 from memory_os.protocols import Embedder, Item, ItemChange, ItemPath, ItemStore
 from memory_os.types import Namespace
 
@@ -271,13 +271,14 @@ def _checked_value(value: Mapping[str, Any], where: str) -> dict[str, Any]:
             'wrap it, as in {"value": ...}'
         )
     try:
+        check_depth(value)
         plain = dict(value)
         text = json.dumps(plain, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
         _check_keys(plain)
         _short(text, where, "value as JSON", MAX_ITEM_CHARS)
         return dict(json.loads(text))
-    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+    except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
         raise InvalidInputError(
             f"{where}: the value cannot be written as JSON ({error}); "
             "store text, numbers, true, false, null, lists and objects with string keys"

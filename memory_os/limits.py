@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from memory_os.errors import InvalidInputError
+from memory_os.errors import InvalidInputError, UnknownNameError
+from memory_os.trace import trace_to_dict
 from memory_os.types import NewSegment, Trace
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 __all__ = [
+    "MAX_DEPTH",
     "MAX_FILE_BYTES",
     "MAX_ITEM_CHARS",
     "MAX_LABEL_CHARS",
@@ -25,12 +34,16 @@ __all__ = [
     "MAX_SEQ",
     "MAX_SOURCE_CHARS",
     "MAX_TEXT_CHARS",
+    "RESERVED",
     "archive_kind",
+    "as_ref",
     "check_count",
+    "check_depth",
     "check_name",
     "checked_metadata",
     "checked_segment",
     "checked_trace",
+    "is_storable",
     "open_file",
     "parse_json",
 ]
@@ -50,6 +63,8 @@ MAX_ITEM_CHARS = 1_000_000
 MAX_PATH_LABELS = 64
 MAX_LABEL_CHARS = 1_024
 """Of a label of an item's path, and of its key."""
+MAX_DEPTH = 64
+"""Of lists and objects in one another, in metadata or in an item's value; the outermost counts."""
 MAX_LINE_CHARS = 16_000_000
 """Of a line of an export, or of a chat in JSONL."""
 MAX_FILE_BYTES = 1_000_000_000
@@ -57,10 +72,35 @@ MAX_FILE_BYTES = 1_000_000_000
 
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note", "summary")
+RESERVED = frozenset({"langchain_message", "derived", "outcome"})
+"""Names in a segment's metadata under which the parts of memory_os tell one another something."""
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+FROM_ONE = f"numbers go from 1 to {MAX_SEQ}"
 _ARCHIVES = {
     b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar", b"\x28\xb5\x2f\xfd": "zstd",
 }  # fmt: skip
+
+
+def is_storable(text: str) -> bool:
+    """Whether every database and file can hold the text: it has no NUL and no lone surrogate."""
+    return not _UNSTORABLE.search(text)
+
+
+def as_ref(ref: object, what: str) -> str | int:
+    """A reference to something stored: a number as it is, anything else as text.
+
+    :param what: it is to be of, such as ``"segment"``.
+    :raises UnknownNameError: for one that nothing can have.
+    """
+    if isinstance(ref, int):
+        if not 0 < ref <= MAX_SEQ:
+            raise UnknownNameError(what, f"{ref:d}" if abs(ref) < 10**30 else "of so many digits", hint=FROM_ONE)
+        return int(ref)
+    text = str(ref)
+    if not is_storable(text):
+        raise UnknownNameError(what, text, hint="it holds what cannot be stored")
+    return text
 
 
 def check_name(
@@ -76,7 +116,7 @@ def check_name(
         problem = f"the {what} must be a string, not {type(name).__name__}"
     elif len(name) > most:
         problem = f"the {what} has {len(name)} characters, and may have {most}; use a shorter one"
-    elif "\x00" in name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+    elif not is_storable(name):
         problem = f"the {what} holds a NUL or a lone surrogate, which cannot be stored; remove it"
     if problem:
         raise InvalidInputError(problem, source=source, line=line)
@@ -93,17 +133,32 @@ def check_count(n: int) -> None:
         )
 
 
+def check_depth(value: object) -> None:
+    """Make sure that lists and objects stand in one another no deeper than ``MAX_DEPTH``.
+
+    :raises ValueError: if they do, also for one that holds itself.
+    """
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, Mapping | list | tuple)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects in it stand in one another more than {MAX_DEPTH} deep; flatten it")
+        level = [inner for each in level for inner in (each.values() if isinstance(each, Mapping) else each)]
+
+
 def checked_metadata(metadata: object, *, source: str | None = None, line: int | None = None) -> dict[str, Any]:
     """Metadata as plain JSON.
 
-    :raises InvalidInputError: for anything that JSON does not hold, and for more than ``MAX_METADATA_CHARS``.
+    :raises InvalidInputError: for anything that JSON does not hold, and for more than ``MAX_METADATA_CHARS`` or
+        ``MAX_DEPTH``.
     """
     try:
         if not isinstance(metadata, Mapping):
             raise TypeError(f"it is no mapping, but {type(metadata).__name__}")
+        check_depth(metadata)
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         problem = f"the metadata cannot be written as JSON: {error}"
         raise InvalidInputError(problem, source=source, line=line) from error
     if len(text) > MAX_METADATA_CHARS:
@@ -159,27 +214,34 @@ def _is_span(value: object) -> bool:
 
 
 def checked_trace(trace: Trace) -> Trace:
-    """The trace, if what the store and the reader of a trace rely on is there.
+    """The trace, if everything in it is of the type that the store and the reader of a trace rely on.
 
     :raises ValueError: if not.
     """
-    names: list[object] = [trace.id, trace.controller, trace.config_hash, *trace.flash, *trace.cited, *trace.notes]
-    names += [trace.query, *(name for name in (trace.session, trace.query_id, trace.reply_id) if name is not None)]
-    names += [name for name in (trace.llm, trace.error) if name is not None]
-    numbers: list[object] = [trace.upto, trace.account.limit, trace.account.total]
+    from pydantic import ValidationError
+
+    try:
+        _traces().validate_json(json.dumps(trace_to_dict(trace), allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ValueError(f"a trace's {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    numbers: list[float] = [trace.upto, trace.account.limit, trace.account.total]
     for entry in trace.ledger:
-        names.append(entry.segment_id)
-        numbers += [entry.seq, entry.rank, entry.n_tokens, entry.score, *entry.signals.values()]
-        numbers += entry.contributions.values()
+        numbers += [entry.seq, entry.rank, entry.n_tokens, entry.score]
+        numbers += [*entry.signals.values(), *entry.contributions.values()]
     numbers += trace.timings_ms.values()
-    if not all(isinstance(name, str) and not any(0xD800 <= ord(c) <= 0xDFFF for c in name) for name in names):
-        raise ValueError("a trace's names and texts are strings")
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= MAX_SEQ for n in numbers):
-        raise ValueError("a trace's numbers are finite numbers")
+    if not all(abs(n) <= MAX_SEQ for n in numbers):
+        raise ValueError(f"a trace's numbers are at most {MAX_SEQ}")
     if len(trace.id) > MAX_NAME_CHARS:
         raise ValueError("a trace's id is too long")
-    json.dumps(trace.timings_ms, allow_nan=False)
     return trace
+
+
+@cache
+def _traces() -> TypeAdapter[Trace]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Trace)
 
 
 def parse_json(text: str) -> Any:
@@ -200,22 +262,36 @@ def archive_kind(start: bytes) -> str | None:
     return next((kind for magic, kind in _ARCHIVES.items() if start.startswith(magic)), None)
 
 
-def open_file(path: str | Path) -> IO[bytes]:
+@contextmanager
+def open_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A regular file, opened to be read.
 
-    A link is followed to what it names; a folder, a device, a pipe or a socket is refused: it may never end.
+    A link is followed to what it names; a folder, a device, a pipe or a socket is refused, and what the kernel makes up
+    as it is read, as under ``/proc``: it may never end.
 
-    :raises InvalidInputError: if it cannot be.
+    :raises InvalidInputError: if it cannot be, or fails while it is read.
     """
-    place = Path(path).expanduser()
     try:
-        if not stat.S_ISREG(place.stat().st_mode):  # before it is opened: to open a pipe waits for its other end
-            raise InvalidInputError(
-                "it is no regular file; name a file, or pipe it in where the command takes - for standard input",
-                source=str(path),
-            )
-        return place.open("rb")
+        with _opened(path) as stream:
+            yield stream
     except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(path)) from error
-    except ValueError as error:  # a NUL in the name
+        raise InvalidInputError(f"cannot read it: {error.strerror or error}", source=str(path)) from error
+
+
+def _opened(path: str | Path) -> IO[bytes]:
+    try:
+        place = Path(path).expanduser()
+        told = place.stat()  # before it is opened: to open a pipe waits for its other end
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; a home that is nobody's
         raise InvalidInputError(f"no file has such a name: {error}", source=str(path)) from error
+    if not stat.S_ISREG(told.st_mode) or (not told.st_size and _is_made_up(place)):
+        raise InvalidInputError(
+            "it is no regular file; name a file, or pipe it in where the command takes - for standard input",
+            source=str(path),
+        )
+    return place.open("rb")
+
+
+def _is_made_up(place: Path) -> bool:
+    """Whether it is on a file system that has no room of its own, as ``/proc`` has none."""
+    return hasattr(os, "statvfs") and os.statvfs(place).f_blocks == 0

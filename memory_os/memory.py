@@ -14,7 +14,18 @@ from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, Un
 from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.items import Items
-from memory_os.limits import check_count, check_name, checked_metadata, checked_segment, open_file
+from memory_os.limits import (
+    MAX_SEQ,
+    MAX_SOURCE_CHARS,
+    MAX_TEXT_CHARS,
+    as_ref,
+    check_count,
+    check_name,
+    checked_metadata,
+    checked_segment,
+    is_storable,
+    open_file,
+)
 from memory_os.protocols import ItemChange
 from memory_os.redact import redactor
 from memory_os.trace import Finding, explain
@@ -116,6 +127,7 @@ class Memory:
             checked = Options(**options)
         except TypeError as error:
             raise ConfigError(f"Memory.open: {error}".replace("Options.__init__() ", "")) from error
+        check_name(checked.system, "system prompt", most=MAX_TEXT_CHARS)
         retention = Retention(retention_days) if retention_days is not None else None
         memory = cls(
             build_parts(
@@ -432,6 +444,8 @@ class Scope:
         from memory_os.read import read_document
 
         check_text(question)
+        if name is not None:
+            check_name(name, "name", most=MAX_SOURCE_CHARS)
         if "mode" in (options or {}):
             raise ConfigError("a document is always read from beginning to end: leave out the option mode")
         score = "hybrid" if isinstance(self._parts.llm, QuestionScoringLLM) else "entropy"
@@ -470,15 +484,17 @@ class Scope:
         self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
         if isinstance(source, str | Path):
-            path = Path(source).expanduser().absolute()
             with open_file(source) as stream:
+                path = Path(source).expanduser().absolute()
                 label = name or str(path)
+                check_name(label, "source's name", most=MAX_SOURCE_CHARS)
                 session = self.session_name or path.stem
                 yield from with_keys(
                     read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
                 )
             return
         label = name or "-"
+        check_name(label, "source's name", most=MAX_SOURCE_CHARS)
         session = self.session_name or DEFAULT_SESSION
         source.seek(0)
         yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
@@ -534,6 +550,8 @@ class Scope:
         return sorted(going.values(), key=lambda segment: segment.seq)
 
     def _chosen(self, selection: Selection) -> list[str]:
+        if selection.session is not None:
+            check_name(selection.session, "session")
         if selection.refs:
             return [self.segment(ref).id for ref in selection.refs]
         if selection.query is not None and selection.k is not None:
@@ -782,14 +800,16 @@ class Scope:
         trace = self._trace(turn)
         if expect is None:
             return trace, None
-        return trace, explain(trace, str(expect), self._parts.store.find(self.labels, expect))
+        ref = as_ref(expect, "segment")
+        return trace, explain(trace, str(ref), self._parts.store.find(self.labels, ref))
 
     def _trace(self, turn: str | int | None) -> Trace:
-        trace = self._parts.store.load_trace(self.labels, turn)
-        if trace is None and turn is None:
+        ref = None if turn is None else as_ref(turn, "turn")
+        trace = self._parts.store.load_trace(self.labels, ref)
+        if trace is None and ref is None:
             raise UnknownNameError("turn", "latest", hint="no turn was answered in this namespace yet")
         if trace is None:
-            raise UnknownNameError("turn", str(turn), hint="name a turn that was answered here; see: memos history")
+            raise UnknownNameError("turn", str(ref), hint="name a turn that was answered here; see: memos history")
         return trace
 
     def confirm(
@@ -832,22 +852,27 @@ class Scope:
         return confirmed
 
     def history(self, n: int = 20) -> list[Segment]:
-        """The last ``n`` segments of the session (or of the namespace), oldest first."""
-        return self._parts.store.tail(self.labels, n, session=self.session_name)
+        """The last ``n`` segments of the session (or of the namespace), oldest first.
+
+        :raises ConfigError: for ``n`` below 1.
+        """
+        if n < 1:
+            raise ConfigError(f"n must be at least 1, not {n}")
+        return self._parts.store.tail(self.labels, min(n, MAX_SEQ), session=self.session_name)
 
     def segment(self, ref: str | int) -> Segment:
         """The segment with this id or ``seq``.
 
         :raises UnknownNameError: if the namespace holds none.
         """
-        segment = self._parts.store.find(self.labels, ref)
+        segment = self._parts.store.find(self.labels, as_ref(ref, "segment"))
         if segment is None:
             raise UnknownNameError("segment", str(ref), hint="name it by its id or its number, as search shows them")
         return segment
 
     def lookup(self, refs: Iterable[str]) -> dict[str, Segment]:
         """The segments with these ids or keys, by what they were asked for by; those that do not exist are left out."""
-        wanted = list(dict.fromkeys(refs))
+        wanted = [ref for ref in dict.fromkeys(refs) if is_storable(ref)]
         return self._parts.store.get(self.labels, wanted) | self._parts.store.by_key(self.labels, wanted)
 
     def stats(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ TIMES = ("created_at", "updated_at", "expires_at")
 def segment_to_dict(segment: Segment) -> dict[str, Any]:
     """Give back the segment as JSON-ready data."""
     return {
-        **asdict(segment),
+        **{field.name: getattr(segment, field.name) for field in fields(segment)},
+        "metadata": dict(segment.metadata),
         "namespace": list(segment.namespace),
         "created_at": segment.created_at.isoformat(),
         "offset": list(segment.offset) if segment.offset else None,
@@ -138,25 +139,30 @@ def _item(data: Mapping[str, Any], name: str, line: int) -> ItemChange:
 
 def read_records(file: str | Path | Iterable[str]) -> Iterator[NewSegment | Trace | ItemChange]:
     """What an export holds, from a file or from its lines."""
-    if not isinstance(file, str | Path):
-        yield from parse_lines(file, "-")
-        return
+    name = str(file) if isinstance(file, str | Path) else "-"
     try:
+        if not isinstance(file, str | Path):
+            yield from parse_lines(file, name)
+            return
         with open_file(file) as binary:
             if kind := archive_kind(binary.read(512)):
-                raise InvalidInputError(ARCHIVE.format(kind), source=str(file))
+                raise InvalidInputError(ARCHIVE.format(kind), source=name)
             binary.seek(0)
             lines = io.TextIOWrapper(binary, encoding="utf-8")
-            yield from parse_lines(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), str(file))
-    except OSError as error:
-        raise InvalidInputError(f"cannot read it: {error.strerror}", source=str(file)) from error
+            yield from parse_lines(iter(lambda: lines.readline(MAX_LINE_CHARS + 1), ""), name)
     except UnicodeDecodeError as error:
-        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=str(file)) from error
+        raise InvalidInputError("not UTF-8; an export of memory_os always is", source=name) from error
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Write a file whole or not at all: what was there stays until the last line is on the disk."""
+    """Write a file whole or not at all: what was there stays until the last line is on the disk.
+
+    :raises InvalidInputError: if it cannot be written, or what is there is a folder or a device, which stays.
+    """
     try:
+        if path.exists() and not path.is_file():
+            problem = "it is no regular file, and stays as it is; name a file, or - for standard output"
+            raise InvalidInputError(problem, source=str(path))
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.name, delete=False
         ) as file:
@@ -168,6 +174,8 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
+    except ValueError as error:  # a NUL in the name
+        raise InvalidInputError(f"no file has such a name: {error}", source=str(path)) from error
     except OSError as error:
         raise InvalidInputError(
             f"cannot write it: {error.strerror}; what was there before is untouched. Free some space, or check the "

@@ -86,14 +86,20 @@ class Database:
         config = Config()
         config.set_main_option("script_location", "memory_os.stores:migrations")
         try:
-            ScriptDirectory.from_config(config).get_revision(found or "base")  # before anything is written
+            # by this version's own HEAD: the package on the disk may have been upgraded since it was loaded
+            steps = ScriptDirectory.from_config(config).iterate_revisions(HEAD, "base")
+            known = {None, *(step.revision for step in steps)}
+            if found not in known:  # before anything is written
+                raise SchemaError(str(self.path), str(found), HEAD)
             with self.write() as connection:  # the write lock: of two processes that open a file, one migrates
                 found = _revision_of(connection)
                 if found == HEAD:
                     return
+                if found not in known:
+                    raise SchemaError(str(self.path), str(found), HEAD)
                 copy = self._back_up() if found and _has_content(connection) else None
                 config.attributes["connection"] = connection
-                upgrade(config, "head")
+                upgrade(config, HEAD)
         except CommandError as error:
             raise SchemaError(str(self.path), str(found), HEAD) from error
         if copy:

@@ -3,17 +3,23 @@
 import io
 import json
 import os
+import shutil
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import typer
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from memory_os import Memory, MemoryOSError
 from memory_os.adapters.scripted import ScriptedLLM
+from memory_os.cli.main import COMMANDS as MEMOS
 from memory_os.cli.main import app
 from memory_os.config import format_labels, parse_labels
+from memory_os.errors import LONGEST
 from memory_os.ingest import parse_time
 
 DEEP = "[" * 3000 + "]" * 3000
@@ -133,36 +139,108 @@ def test_labels_of_the_command(memory, text):
     outcome(lambda: memory.namespace(*labels).stats())
 
 
-@given(st.text(max_size=12), st.text(max_size=12))
+any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=12) | st.sampled_from(
+    ["\ud800", "a\x00", "9" * 30]
+)
+
+
+@given(any_text, any_text)
+@example("\ud800", "\ud800")
 def test_references_and_queries(memory, ref, query):
     scope = memory.namespace("export")
-    for act in (scope.segment, scope.why, scope.sources, scope.search, scope.context):
+    for act in (
+        scope.segment, scope.why, scope.sources, scope.search, scope.context, scope.confirm, scope.forget,
+        lambda ref: scope.why(expect=ref), lambda ref: scope.lookup([ref]), lambda ref: scope.forget(session=ref),
+        lambda ref: scope.ingest(io.BytesIO(b"hello"), name=ref),
+    ):  # fmt: skip
         outcome(lambda act=act: act(ref))
     outcome(lambda: scope.session(query))
 
 
-COMMANDS = "search context why forget history stats export import ingest retain config doctor".split()
-OPTIONS = (
-    "-n --session --budget --json -k --expect --yes --after --before --query --help --repair --days --preview".split()
-)
-ODDITIES = ["cat", "12", "#3", "-1", "1e9", "nan", "", " ", "%", "..", "2026-13-01", "a\x00b", "\udc80", "a/b", "/"]
-WORDS = st.sampled_from([*COMMANDS, *OPTIONS, *ODDITIES, "'; DROP TABLE segments"])
+# -- the command line: every command, every option, one odd value at a time --------------------------------------------
+
+NAMES = [
+    "12", "-1", "9" * 25, "nan", "", "cat", "x" * 5000, os.fsdecode(b"\xff"), "a\x00b", "\x1b]0;x\x07", "2026-13-01",
+    ".", "/dev/zero", "/proc/self/mem", "loop",
+]  # fmt: skip
+NUMBERS = ["12", "1", "0", "-1", "9" * 25, "9" * 5000, "1e400", "nan", "-inf", "0.5", "", "cat", "\u0661"]
+VALID = {
+    "ask": {"file": ["t.txt"], "question": ["cat?"]}, "context": {"query": ["cat"]}, "search": {"query": ["cat"]},
+    "ingest": {"file": ["t.txt"]}, "summarize": {"file": ["t.txt"]}, "import": {"file": ["ok.jsonl"]},
+    "export": {"file": ["out.jsonl"]}, "export-alr2": {"file": ["out.jsonl"]}, "confirm": {"answer": ["--answer", "x"]},
+    "forget": {"yes": ["--yes"]},
+}  # fmt: skip
+BESIDE = {("forget", "query"): ["-k", "1"], ("forget", "k"): ["--query", "cat"]}
 
 
-@settings(max_examples=80)
-@given(command=st.sampled_from(COMMANDS), words=st.lists(WORDS, max_size=5))
-def test_any_command_line_ends_in_an_answer_or_one_clear_error(command, words, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    path = folder / "memory.db"
-    with Memory.open(path, embedder="hash") as memory:
-        memory.namespace("default").add("My cat is called Miso.")
-    env = {"MEMOS_STORE": str(path), "MEMOS_EMBEDDER": "hash"}
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(app, [command, *words], env=env, input="")
-    finally:
-        os.chdir(here)
-    assert done.exit_code in (0, 1, 2)
-    assert done.exception is None or isinstance(done.exception, SystemExit | MemoryOSError)  # which memos prints
-    assert "Traceback" not in done.output
+def options_of(command: str) -> list[Any]:
+    """What a command takes: arguments and options with a value; settings, which all share, are those of ``config``."""
+    parameters = [p for p in typer.main.get_command(app).commands[command].params if not getattr(p, "is_flag", False)]
+    shared = command != "config"
+    return [p for p in parameters if not (shared and getattr(p, "rich_help_panel", None) == "Settings")]
+
+
+def odd_values(command: str, option: Any) -> list[str]:
+    told = typing.get_type_hints(MEMOS[command])[option.name]
+    return NUMBERS if {int, float} & {told, *typing.get_args(told)} else NAMES
+
+
+CASES = [(command, option) for command in MEMOS for option in options_of(command)]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A store with a turn in it, and files; every case gets a copy."""
+    folder = tmp_path_factory.mktemp("template")
+    with Memory.open(folder / "memory.db", embedder="hash") as memory:
+        scope = memory.namespace("default")
+        scope.add("My cat is called Miso.")
+        scope.context("cat?", record=True)
+        scope.export(folder / "ok.jsonl")
+    (folder / "t.txt").write_text("The cat is grey.")
+    (folder / "loop").symlink_to("loop")
+    return folder
+
+
+def words_of(command: str, option: Any, value: str) -> list[str]:
+    given = {**VALID.get(command, {})}
+    named = option.param_type_name == "option"
+    given[option.name] = [*([option.opts[0]] if named else []), value, *BESIDE.get((command, option.name), [])]
+    places = [p.name for p in typer.main.get_command(app).commands[command].params if p.param_type_name == "argument"]
+    options = [word for name, words in given.items() if name not in places for word in words]
+    return [command, *options, "--", *(word for name in places for word in given.get(name, []))]
+
+
+def assert_an_answer_or_one_clear_error(words: list[str]) -> None:
+    env = {
+        "MEMOS_STORE": "memory.db",
+        "MEMOS_EMBEDDER": "hash",
+        "MEMOS_LLM": "nobody",
+        "MEMOS_TOKENIZER": "cl100k_base",
+    }
+    done = CliRunner().invoke(app, words, env=env, input="")
+    what = [word[:60] for word in words]
+    assert done.exit_code in (0, 1, 2), what
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        assert isinstance(done.exception, MemoryOSError), (what, done.exception)  # which memos prints
+        assert 0 < len(str(done.exception)) <= LONGEST, what
+    assert "Traceback" not in done.output, what
+
+
+def test_the_cases_are_of_every_command():
+    assert {command for command in MEMOS if options_of(command)} == {command for command, _ in CASES}
+    assert len(CASES) > 40
+    assert VALID.keys() <= MEMOS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "option"), CASES, ids=lambda each: getattr(each, "name", each))
+def test_any_value_of_any_option_ends_in_an_answer_or_one_clear_error(command, option, template, tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    shutil.copytree(template, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    for value in odd_values(command, option):
+        assert_an_answer_or_one_clear_error(words_of(command, option, value))
+    assert Path("/dev/zero").is_char_device()
+    with Memory.open(folder / "memory.db", embedder="hash") as memory:
+        assert not any(kinds for kind, kinds in memory.check().items() if "pending" not in kind)

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import tool
 
 from memory_os import AsyncMemory, Memory
 from memory_os.adapters import bytestore, langchain, langgraph, middleware
@@ -112,6 +114,11 @@ def echo(messages: Any) -> str:
     return f"It is the {found[0]}." if found else "I was told of none."
 
 
+def steady(counts: dict[str, Any]) -> dict[str, Any]:
+    """Counts of a namespace, without those of the file that it shares."""
+    return {name: value for name, value in counts.items() if not name.startswith("file")}
+
+
 class World:
     """One memory, emptied for each pair, and what was stored in it."""
 
@@ -145,7 +152,9 @@ class World:
         epoch = self.memory.parts.store.state(scope.labels, self.memory.parts.embedder.fingerprint).epoch
         self.memory.parts.store.put_scores(scope.labels, {"score": mark}, epoch=epoch)
         assert reply.segment
+        counts = {name: steady(count(scope)) for name, count in COUNTS.items()}
         return {
+            "counts": counts,
             "scope": scope, "id": told.id, "seq": told.seq, "trace": reply.trace.id, "reply": reply.segment.id,
             "summary": summary.levels[-1][0].id, "query": reply.trace.query_id, "n": len(scope.history(99)),
         }  # fmt: skip
@@ -220,7 +229,7 @@ READS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "whole": lambda scope, own: scope.session("s").whole().history(99),
     "answered": lambda scope, own: scope.answered(own["trace"], own["reply"]),
 }
-COUNTS = {"stats": lambda scope, own: scope.stats()}
+COUNTS: dict[str, Callable[[Any], dict[str, Any]]] = {"stats": lambda scope: scope.stats()}
 WRITES = {
     "add",
     "add_many",
@@ -300,6 +309,8 @@ def test_look_alikes_are_two_namespaces(world, pair):
     world.plant(pair)
     for mark, other in ((MINE, THEIRS), (THEIRS, MINE)):
         scope = world.told[mark]["scope"]
+        # the first was counted when it was alone
+        assert {name: steady(count(scope)) for name, count in COUNTS.items()} == world.told[mark]["counts"]
         for found in (
             scope.search(ASKED, k=50), scope.nearest(ASKED, k=50), scope.context(ASKED).messages, scope.history(99),
             scope.items.search(query="kite"), _exported(scope, "export"),
@@ -336,8 +347,11 @@ def test_ids_of_another_namespace_are_unknown_and_nothing_changes(world, pair):
         lambda: scope.add("There.", role="assistant", reply_to=shown_to_them),
     ]
     for call in refused:
-        with pytest.raises(UnknownNameError):
+        with pytest.raises(UnknownNameError) as caught:
             call()
+        said = f"{caught.value} {vars(caught.value)}"
+        assert MINE not in said  # nor whose it is
+        assert not any(label in said for label in set(mine.labels) - set(scope.labels) if len(label) > 4)
     assert scope.lookup([foreign["id"], "no key"]) == {}
     trace, finding = scope.why(expect=foreign["id"])
     assert finding.stage == "stored"
@@ -419,7 +433,7 @@ def _chat_model(world: World, labels: tuple[str, ...], chat: Any) -> Any:
 
 
 def _tools(world: World, labels: tuple[str, ...], chat: Any) -> Any:
-    recall = next(tool for tool in memory_tools(world.memory, namespace=labels) if tool.name == "recall")
+    recall = next(each for each in memory_tools(world.memory, namespace=labels) if each.name == "recall")
     return recall.invoke({"query": ASKED})
 
 
@@ -481,10 +495,73 @@ def test_no_langchain_part_shows_what_is_another_namespaces(world, scripted_chat
     MemoryByteStore(world.memory, namespace=theirs.labels).mdelete(["bytes"])
     MemoryStore(world.memory, namespace=theirs.labels).delete(("p",), "k")
     MemoryChatHistory(world.memory, namespace=theirs.labels, session="s").clear()
-    forget = next(tool for tool in memory_tools(world.memory, namespace=theirs.labels) if tool.name == "forget")
+    forget = next(each for each in memory_tools(world.memory, namespace=theirs.labels) if each.name == "forget")
     forget.invoke({"number": theirs.history(1)[0].seq})
     assert world.rows(mine.labels) == before
     assert MemoryVectorStore(world.memory, namespace=mine.labels).get_by_ids(["one"])
+
+
+def test_the_namespace_of_the_constructor_cannot_be_changed_by_a_call(world, scripted_chat):
+    world.plant((("acme", "alice"), ("acme", "bob")))
+    mine, theirs = (world.told[mark]["scope"].labels for mark in (MINE, THEIRS))
+    call = {"configurable": {"namespace": theirs, "thread_id": "t"}}
+    model = scripted_chat(replies=lambda messages: "Noted.")
+    recall = next(each for each in memory_tools(world.memory, namespace=mine) if each.name == "recall")
+    agent = create_agent(
+        scripted_chat(replies=lambda messages: repr(messages)),
+        middleware=[MemoryMiddleware(world.memory, namespace=mine)],
+    )
+    chat_model = MemoryChatModel(model=model, memory=world.memory, namespace=mine, session="lc")
+    doors = {
+        "MemoryRetriever": lambda: MemoryRetriever(memory=world.memory, namespace=mine, k=50).invoke(ASKED, call),
+        "MemoryVectorStore": lambda: _within(
+            call, lambda: MemoryVectorStore(world.memory, namespace=mine).similarity_search(ASKED, k=50)
+        ),
+        "MemoryChatModel": lambda: (chat_model.invoke(ASKED, call), model.seen),
+        "memory_tools": lambda: recall.invoke({"query": ASKED}, call),
+        "MemoryMiddleware": lambda: agent.invoke({"messages": [HumanMessage(ASKED)]}, call),
+        "MemoryStore": lambda: _within(call, lambda: MemoryStore(world.memory, namespace=mine).search(("p",))),
+    }
+    before = world.rows(theirs)
+    for name, door in doors.items():
+        shown = repr(door())
+        assert MINE in shown, name
+        assert THEIRS not in shown, name
+    assert world.rows(theirs) == before
+
+
+def _within(call: Any, act: Callable[[], Any]) -> Any:
+    """As in a run that is called so."""
+    return RunnableLambda(lambda _: act()).invoke("", call)
+
+
+def test_one_middleware_keeps_the_runs_of_two_namespaces_apart_also_one_within_the_other(world, scripted_chat):
+    world.plant((("acme", "alice"), ("acme", "bob")))
+    mine, theirs = (world.told[mark]["scope"].labels for mark in (MINE, THEIRS))
+    shared = MemoryMiddleware(world.memory, session="same")
+    asked = {"messages": [HumanMessage(ASKED, id="1")]}
+
+    @tool
+    def ask_bob() -> str:
+        """Ask somebody else the same."""
+        bob = create_agent(scripted_chat(replies=[AIMessage("Noted by Bob.", id="2")]), middleware=[shared])
+        bob.invoke(asked, {"configurable": {"namespace": theirs}})
+        return "He was asked."
+
+    calls = AIMessage("", id="2", tool_calls=[{"name": "ask_bob", "args": {}, "id": "c"}])
+    model = scripted_chat(replies=[calls, AIMessage("It is settled.", id="3")])
+    create_agent(model, [ask_bob], middleware=[shared]).invoke(asked, {"configurable": {"namespace": mine}})
+    assert len(model.seen) == 2
+    for seen in model.seen:
+        assert MINE in repr(seen)
+        assert THEIRS not in repr(seen)
+    alice, bob = (world.memory.namespace(*labels).session("same") for labels in (mine, theirs))
+    assert [s.text for s in alice.history()] == [ASKED, "ask_bob({})", "He was asked.", "It is settled."]
+    assert [s.text for s in bob.history()] == [ASKED, "Noted by Bob."]
+    for scope, reply in ((alice, "It is settled."), (bob, "Noted by Bob.")):
+        trace, _ = scope.why()
+        assert scope.segment(trace.query_id).text == ASKED
+        assert scope.segment(trace.reply_id).text == reply
 
 
 # -- the bank ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,19 @@ def long(n: int) -> str:
     return "x" * (n + 1)
 
 
+def nested(depth: int) -> object:
+    inner: object = 1
+    for n in range(depth):
+        inner = [inner] if n % 2 else {"a": inner}
+    return inner
+
+
+def of_itself() -> dict[str, object]:
+    loop: dict[str, object] = {}
+    loop["a"] = loop
+    return loop
+
+
 TOO_LONG = {
     "a text": (lambda a: a.add(long(lim.MAX_TEXT_CHARS)), lim.MAX_TEXT_CHARS),
     "a text among several": (
@@ -40,6 +53,13 @@ TOO_LONG = {
     "an id": (lambda a: a.add_many([NewSegment("x", "s", id=long(lim.MAX_NAME_CHARS))]), lim.MAX_NAME_CHARS),
     "a source": (lambda a: a.add_many([NewSegment("x", "s", source=long(8192))]), 8192),
     "metadata": (lambda a: a.add("x", metadata={"a": long(lim.MAX_METADATA_CHARS)}), lim.MAX_METADATA_CHARS),
+    "depth of metadata": (lambda a: a.add("x", metadata={"a": nested(lim.MAX_DEPTH)}), lim.MAX_DEPTH),
+    "metadata that holds itself": (lambda a: a.add("x", metadata=of_itself()), lim.MAX_DEPTH),
+    "depth of a message of a file": (
+        lambda a: a.ingest(io.BytesIO(json.dumps([{"text": "x", "a": nested(600)}]).encode()), format="chat"),
+        lim.MAX_DEPTH,
+    ),
+    "depth of an item's value": (lambda a: a.items.put(("p",), "k", {"a": nested(lim.MAX_DEPTH)}), lim.MAX_DEPTH),
     "segments at once": (
         lambda a: a.add_many([NewSegment("x", "s")] * (lim.MAX_SEGMENTS_PER_CALL + 1)),
         lim.MAX_SEGMENTS_PER_CALL,
@@ -77,6 +97,14 @@ def test_what_is_at_the_limit_is_stored(alice):
         "x" * lim.MAX_TEXT_CHARS, speaker="s" * lim.MAX_NAME_CHARS, metadata={"a": "x" * (lim.MAX_METADATA_CHARS - 9)}
     )
     alice.items.put(("x" * lim.MAX_LABEL_CHARS,) * lim.MAX_PATH_LABELS, "k", {"a": "x" * (lim.MAX_ITEM_CHARS - 9)})
+    deep = {"a": nested(lim.MAX_DEPTH - 1)}
+    alice.add("deep", metadata=deep)
+    alice.items.put(("deep",), "k", deep)
+    lines = io.StringIO()
+    alice.export(lines)
+    alice.forget(everything=True)
+    alice.import_(lines.getvalue().splitlines(), restore=True)
+    assert alice.history()[1].metadata == alice.items.get(("deep",), "k").value == deep
     alice.add_many([NewSegment("last", "s", seq=lim.MAX_SEQ)])
     assert alice.add("after it").seq == lim.MAX_SEQ + 1
 
@@ -156,3 +184,41 @@ def test_the_table_of_limits_tells_what_holds():
     table = (Path(__file__).resolve().parents[1] / "docs" / "limits.md").read_text("utf-8")
     for name in [name for name in dir(lim) if name.startswith("MAX_") and name != "MAX_SEQ"]:
         assert f"{getattr(lim, name):,}" in table, name
+
+
+BAD_TRACES = {
+    "notes.1": lambda trace: trace.update(notes=["a", 1]),
+    "error": lambda trace: trace.update(error=["x"]),
+    "calls.0.answer": lambda trace: trace.update(calls=[{**CALL, "answer": {"a": 1}}]),
+    "calls.0.purpose": lambda trace: trace.update(calls=[{**CALL, "purpose": json.loads("[" * 80 + "]" * 80)}]),
+    "calls.0.prompt_tokens": lambda trace: trace.update(calls=[{**CALL, "prompt_tokens": "x"}]),
+    "ledger.0.flags.0": lambda trace: trace["ledger"][0].update(flags=[1, None]),
+    "ledger.0.signals.a": lambda trace: trace["ledger"][0].update(signals={"a": None}),
+    "ledger.0.contributions": lambda trace: trace["ledger"][0].update(contributions=[1]),
+    "ledger.0.spans.0.0": lambda trace: trace["ledger"][0].update(spans=[["a", "b"]]),
+    "timings_ms": lambda trace: trace.update(timings_ms=[1.0]),
+    "account.system": lambda trace: trace["account"].update(system="x"),
+    "account.exact": lambda trace: trace["account"].update(exact="no"),
+    "confirmation.answer": lambda trace: trace.update(confirmation={**TOLD, "answer": 5}),
+    "confirmation.evidence.0": lambda trace: trace.update(confirmation={**TOLD, "evidence": [1]}),
+}
+CALL = {"purpose": "p", "verdict": "v", "answer": "a", "prompt_tokens": 1, "reply_tokens": 1}
+TOLD = {"by": "user", "answer": "a", "at": "2024-01-01T00:00:00+00:00", "evidence": None}
+
+
+@pytest.mark.parametrize("what", BAD_TRACES)
+def test_an_imported_trace_is_of_the_types_that_its_readers_rely_on(alice, what):
+    alice.add("The cat is grey.")
+    alice.context("cat?", record=True)
+    lines = io.StringIO()
+    alice.export(lines)
+    records = [json.loads(line) for line in lines.getvalue().splitlines()]
+    trace = next(record["trace"] for record in records if "trace" in record)
+    trace["id"] = "other"
+    trace.update(calls=[CALL], confirmation=TOLD)
+    alice.import_(map(json.dumps, records))
+    assert alice.why("other")[0].calls
+    trace["id"] = "worse"
+    BAD_TRACES[what](trace)
+    with pytest.raises(InvalidInputError, match=rf"line 4: .*\b{what}\b"):
+        alice.import_(map(json.dumps, records))

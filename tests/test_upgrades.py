@@ -289,3 +289,22 @@ def test_a_newer_database_is_refused_and_not_touched(path, newer):
     assert (caught.value.found, caught.value.newest) == (newer, HEAD)
     assert digest(path) == untouched
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("mine", ["0005", OLDER[-1]])
+def test_a_process_whose_package_was_upgraded_on_the_disk_keeps_off_what_is_newer_than_itself(path, monkeypatch, mine):
+    """The steps on the disk know the database's revision then; the code that runs does not."""
+    with opened(path) as memory:
+        memory.namespace(*ALICE).add("The key is under the red stone.")
+    before = digest(path)
+    monkeypatch.setattr("memory_os.stores.database.HEAD", mine)
+    with pytest.raises(SchemaError, match="upgrade memory-os") as caught:
+        Database(path)
+    assert (caught.value.found, caught.value.newest) == (HEAD, mine)
+    assert digest(path) == before
+    assert copies(path) == []
+    # and what is older it brings up to its own revision, and no further
+    older = path.with_name("older.db")
+    build(older, "0001")
+    Database(older).close()
+    assert revision_of(older) == mine
