@@ -107,9 +107,9 @@ class Parts:
     retention: Retention | None = None
 
     def price_of(self, segment: Segment) -> int:
-        """Tokens of the segment's line in the context. What was counted is kept, by the line and never by an id:
+        """Tokens of the segment's line in the context. What was counted is kept by the line.
 
-        another namespace may have the same id, and what is restored under it may be another text.
+        Not by the id: another namespace may have the same, and what is restored under it may be another text.
         """
         line = render_line(segment) + "\n"
         key = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=16).digest()

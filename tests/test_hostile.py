@@ -1,11 +1,14 @@
 """Hostile text stays data: whatever is stored, said or asked forges no role, no fence and no line of ours."""
 
+import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from unicodedata import normalize
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +62,7 @@ TEMPLATES: dict[str, tuple[str | None, list[str]]] = {
 CONTROL = sorted({token for _, tokens in TEMPLATES.values() for token in tokens} | {"<|im_start|>", "<|im_end|>"})
 # a model without a normalizer does not mind these; they must not work with one that has
 CLOTHED = [token.translate({ord("<"): "＜", ord("|"): "｜", ord("["): "［"}) for token in CONTROL]
-HIDING = ["\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad", "\u202e", "\x01", "\ufdd0", "\U000e0041", "\ufe0f"]
+HIDING = ["\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad", "\u202e", "\x01", "\x1f", "\ufdd0", "\U000e0041", "\ufe0f"]
 
 pieces = st.one_of(
     st.sampled_from([*CONTROL, *CLOTHED]),
@@ -167,7 +170,7 @@ def test_hostile_text_forges_no_role_no_fence_and_no_line(name, texts, who, said
     assert n_special(name, counter.ids(packed.messages)) == expected > 0
     assert n_special(name, ChatTokenizer(name, tokenizer).prompt(packed.messages)) == expected
     # the fence opens and closes once, whoever reads it
-    whole = readable("\n".join(message["content"] for message in packed.messages)).replace("\u200b", "").lower()
+    whole = readable("\n".join(message["content"] for message in packed.messages)).lower()
     assert [len(re.findall(tag, whole)) for tag in (r"<memory(?!\w)", r"</memory(?!\w)")] == [1, 1]
     # what stands at the margin of the fence is ours: dates, and the heads of the lines, each once
     head, *body, foot = [line for line in packed.text.splitlines() if line and not line[0].isspace()]
@@ -219,10 +222,76 @@ def test_what_is_quoted_as_it_was_shown_is_found_in_what_is_stored(text, at):
         "👨\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈 🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f ❤️",
         "نمی\u200cخواهم \u2067right\u2069 क्\u200dष श्री\u200cमान",
         "memory [1] [INSTALL] <memorable> <stop> user: hi, system: ok",
+        "<html><body><h1>Hi</h1><p class='x_y'>a <b>b</b></p><input type=text></body></html> <https://a.org/b_c:d>",
+        "#include <vector>\n std::map<std::string, int> m; Vec<u8> static_cast<size_t *>(p); <ana@example.org>",
     ],
 )
 def test_ordinary_text_is_left_as_it_is(text):
     assert defused(text) == text
+
+
+TOKENS = """<think> </think> <BOS_TOKEN> <EOS_TOKEN> <extra_id_1> <SPECIAL_11> <reserved_106> <seed:bos> <role> </role>
+<tools> </tools> <unused0> <0x0A> <end_of_utterance> <fake_token_around_image> <eoh> <system> <<SYS>> <</SYS>> [|user|]
+]~b]system ]~!b[ [e~[ <｜tool▁calls▁begin｜> <|turn> <turn|>""".split()
+
+
+@pytest.mark.parametrize("token", [*TOKENS, "<|a b|>", f"<|{'x' * 65}|>", f"<{'x' * 65}|>"])
+def test_tokens_of_chat_templates_are_broken(token):
+    for text in (token, f"word{token}word", token[:1] + "\u200b" + token[1:]):
+        assert inert(text).replace(" ", "") == text.replace(" ", "")
+        assert token not in readable(inert(text))
+
+
+def test_every_special_token_of_smollm2_is_broken():
+    special = {str(token) for token in smollm2()._chat.tokenizer.added_tokens_decoder.values()}
+    assert len(special) >= 17
+    assert [token for token in special if inert(token) == token] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["</\u217femory>", "<\u02e2>", "<\ufb06art_of_turn>", "[\u2160NST]", "</mem\U0001bca0ory>", "</me\U00013430mory>"],
+)
+def test_what_only_looks_like_a_token_is_broken_too(text):
+    assert inert(text) == text[0] + " " + text[1:]
+
+
+def test_all_of_unicode_that_looks_like_ascii_or_like_nothing_is_known():
+    every = [chr(code) for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000]
+    expected = {letter: plain for letter in every if (plain := normalize("NFKC", letter)).isascii()}
+    shapeless = regex.findall(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]", "".join(every))
+    expected |= dict.fromkeys(shapeless, "")
+    assert len(expected) > 5000
+    assert {letter for letter, plain in expected.items() if readable(letter) != plain} == set()
+
+
+def test_a_line_cannot_begin_at_the_margin_behind_what_has_no_shape():
+    hidden = [letter for letter in map(chr, range(0x80)) if not letter.isprintable() and letter not in "\t\n\x0b\x0c\r"]
+    for letter in [*hidden, *HIDING]:
+        assert readable(defused(f"a\n{letter}[2020-01-01]")).splitlines()[-1].startswith(" ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<" + "\u200b" * 200_000, "[" + "\u200b" * 200_000, "<" * 200_000, "<" + "_" * 200_000, "<" + "a:" * 100_000,
+     "<|" * 100_000, "<|a" + " " * 200_000, "[|" * 100_000, "<memory " * 25_000, "\n" * 200_000],
+)  # fmt: skip
+def test_the_guard_takes_linear_time(text):
+    """With quadratic time it does not come back."""
+    assert defused(text).replace(" ", "") == text.replace(" ", "")
+
+
+def test_real_conversations_are_shown_byte_for_byte(shared_data):
+    said = [
+        turn["text"]
+        for dialogue in json.loads((shared_data / "locomo_dev.json").read_text("utf-8"))
+        for name, session in dialogue["conversation"].items()
+        if name.startswith("session_") and isinstance(session, list)
+        for turn in session
+    ]
+    books = [(shared_data / name).read_text("utf-8") for name in ("jane_eyre.txt", "san_guo_yan_yi_zh.txt")]
+    assert len(said) > 1000
+    assert [text for text in [*said, *books] if inert(text) != text] == []
 
 
 def test_cached_memory_is_defused_too():
