@@ -42,7 +42,7 @@ class Layout:
     @classmethod
     def of_turns(cls, system: str, llm: CachingLLM) -> Self:
         """Of memory in a conversation."""
-        return cls("turns 2", CachedFrame(system, "", llm, 0).prompt((), ()), lambda s: f"{cached_line(s)}\n")
+        return cls("turns 3", CachedFrame(system, "", llm, 0).prompt((), ()), lambda s: f"{cached_line(s)}\n")
 
 
 class LLMBank:

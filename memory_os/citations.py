@@ -11,9 +11,12 @@ __all__ = ["Citations"]
 MAX_CHARS = 80
 """So much of a reply is held back at most, to see whether a bracket that was opened is a citation."""
 
-_ONE = r"[#S]\d+(?:\.\d+)?"
-_CITATION = regex.compile(rf"\s*\[\s*({_ONE}(?:\s*[,;，；、]\s*(?:{_ONE}|\d+))*)\s*\]", regex.IGNORECASE)
-_OPEN = regex.compile(rf"\s*(?:\[[^\[\]]{{0,{MAX_CHARS}}})?\Z")
+_NUMBER = r"\d{1,18}"  # no segment has a longer one
+_ONE = rf"[#S]{_NUMBER}(?:\.{_NUMBER})?"
+_CITATION = regex.compile(
+    rf"\s{{0,{MAX_CHARS}}}\[\s*({_ONE}(?:\s*[,;，；、]\s*(?:{_ONE}|{_NUMBER}))*)\s*\]", regex.IGNORECASE
+)
+_OPEN = regex.compile(rf"\s{{0,{MAX_CHARS}}}(?:\[[^\[\]]{{0,{MAX_CHARS}}})?\Z")
 _SEQ = regex.compile(r"(\d+)(?:\.\d+)?")
 
 
@@ -56,7 +59,7 @@ class Citations:
         held = ""
         for piece in pieces:
             held += piece
-            unfinished = _OPEN.search(held)
+            unfinished = _OPEN.search(held, max(0, len(held) - 2 * MAX_CHARS - 1))
             end = unfinished.start() if unfinished else len(held)
             if ready := _CITATION.sub(self._read, held[:end]):
                 yield ready

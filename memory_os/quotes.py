@@ -190,7 +190,7 @@ def _from_line(line: str) -> Claim | None:
 def _from_json(body: str) -> list[Claim] | None:
     try:
         data = json.loads(body)
-    except ValueError:  # cut off at the limit of tokens: what is whole counts
+    except (ValueError, RecursionError):  # cut off at the limit of tokens: what is whole counts
         data = [each for piece in _OBJECT.findall(body) if (each := _object(piece))]
         if not data:
             return None
@@ -215,7 +215,7 @@ def _from_json(body: str) -> list[Claim] | None:
 def _object(piece: str) -> Any:
     try:
         return json.loads(piece)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -16,6 +16,8 @@ __all__ = ["MAX_TOKENS", "PROMPTS", "VERSION", "by_rules", "prompt_for", "read_s
 VERSION = 1
 """Of rules and prompts: stems of older ones are not used."""
 MAX_TOKENS = 40
+MAX_CHARS = 500
+"""Of a question that the rules read."""
 
 PROMPTS = {
     "en": "Rewrite each question as the beginning of its answer, and stop before the answer itself.\n\n"
@@ -106,6 +108,12 @@ def by_rules(question: str) -> str | None:
     True
     """
     text = question.strip().splitlines()[-1].strip() if question.strip() else ""
+    if len(text) > MAX_CHARS:
+        text = text[-MAX_CHARS:]
+        cut = re.search(r"[.!?。！？]\s*(?=\S)", text)
+        if not cut:
+            return None
+        text = text[cut.end() :]
     if language_of(text) == "zh":
         return _chinese(text)
     text = _IS.sub(r"\1 is", text)

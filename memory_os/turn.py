@@ -99,7 +99,7 @@ class Parts:
     llm: LLM | None
     options: Options = field(default_factory=Options)
     corpora: Corpora = field(default_factory=Corpora)
-    prices: dict[str, int] = field(default_factory=dict, repr=False)
+    prices: dict[bytes, int] = field(default_factory=dict, repr=False)
     backlog: Backlog | None = None
     vectors: VectorBacklog | None = None
     bank: Bank | None = None
@@ -107,12 +107,17 @@ class Parts:
     retention: Retention | None = None
 
     def price_of(self, segment: Segment) -> int:
-        """Tokens of the segment's line in the context. What was counted is kept: segments never change."""
-        price = self.prices.get(segment.id)
+        """Tokens of the segment's line in the context. What was counted is kept by the line.
+
+        Not by the id: another namespace may have the same, and what is restored under it may be another text.
+        """
+        line = render_line(segment) + "\n"
+        key = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        price = self.prices.get(key)
         if price is None:
             if len(self.prices) > MAX_PRICES:
                 self.prices.clear()
-            price = self.prices[segment.id] = self.counter.count_text(render_line(segment) + "\n")
+            price = self.prices[key] = self.counter.count_text(line)
         return price
 
     def catch_up(self, namespace: Namespace, new: Sequence[Segment] = (), *, most: int = INLINE_PENDING) -> None:

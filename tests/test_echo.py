@@ -259,10 +259,12 @@ def shown(*texts):
         ("I ado\u200bpted a grey cat called Ｍｉｓｏ in the", ["I ado\u200bpted a grey cat called Ｍｉｓｏ in the"]),
         (f"{OPEN}\n[2023-05-08]\nAna: Miso.\n{CLOSE} So?", [f"{OPEN}\n[2023-05-08]\nAna: Miso.\n{CLOSE}"]),
         (f"{OPEN}\nAna: Mis", [f"{OPEN}\nAna: Mis"]),
+        ("Well. Miso is two! Yes.", ["Miso is two"]),  # three words are, where nothing else was said
+        ("Well, Miso is two! Yes.", []),
     ],
 )
 def test_what_counts_as_repeated(reply, parts):
-    told = derived(reply, shown(FACTS[0], "She is two. She sleeps all day.", FACTS[4], "Miso."))
+    told = derived(reply, shown(FACTS[0], "She is two. She sleeps all day.", FACTS[4], "Miso.", "miso is two"))
     found = [reply[slice(*part["span"])] for part in told.get("derived", {}).get("parts", ())]
     assert found == parts
 
@@ -272,6 +274,68 @@ def test_the_original_is_the_first_that_says_it_and_a_share_tells_how_much():
     assert told == {"share": round(13 / 14, 3), "parts": [{"span": [8, 68], "of": ["id-2"]}]}
     assert repeated_by({"derived": told}) == ("id-2",)
     assert repeated_by({"derived": {**told, "share": MOSTLY - 0.01}}) == ()
+
+
+@pytest.mark.parametrize(
+    ("reply", "adds"),
+    [
+        (f"{FACTS[0]} Her vet is Dr Bo.", True),
+        (f"Her vet is Dr Bo. {FACTS[0]}", True),
+        (f"{FACTS[0]} That is no longer so.", True),
+        (f"{FACTS[4]}它的兽医是王医生。", True),
+        (f"You once told me: “{FACTS[0]}” — isn't that so?", False),
+        (f"{FACTS[0]} Let me know if you need anything else!", False),
+        (f"我记得你说过：{FACTS[4]}", False),
+        (f"{FACTS[0]} Vet: Bo.", False),  # three words are no statement
+        (FACTS[0], False),
+    ],
+)
+def test_what_adds_a_statement_of_its_own_is_no_echo(reply, adds):
+    told = derived(reply, shown(FACTS[0], FACTS[4]))["derived"]
+    assert told["share"] >= MOSTLY
+    assert (told.get("adds", False), repeated_by({"derived": told}) == ()) == (adds, adds)
+    told.pop("adds", None)  # as marks were before
+    assert repeated_by({"derived": told}) != ()
+
+
+def test_a_new_fact_beside_a_repeated_one_is_recalled(tmp_path):
+    llm = ScriptedLLM([f"{FACTS[0]} Her vet is Dr Bo."])
+    with Memory.open(tmp_path / "m.db", llm=llm, embedder="hash") as memory:
+        alice = memory.namespace("alice")
+        alice.session("a").add(FACTS[0])
+        said = alice.session("b").chat(QUESTIONS[0]).segment
+        assert said.metadata["derived"]["adds"] is True
+        assert "Dr Bo" in alice.context("Who is the vet of Miso?").text
+        assert said.id in [hit.segment.id for hit in alice.search("Who is the vet of Miso?")]
+
+
+def test_short_memories_do_not_fill_up_memory_either(tmp_path):
+    llm = ScriptedLLM(lambda _: "Miso is grey.")
+    with Memory.open(tmp_path / "m.db", llm=llm, embedder="hash") as memory:
+        alice = memory.namespace("alice")
+        told = alice.session("told").add("Miso is grey.")
+        replies = [alice.session(f"s{i}").chat("What colour is Miso?").segment for i in range(10)]
+        assert all(repeated_by(reply.metadata) for reply in replies)
+        assert replies[0].metadata["derived"]["parts"][0]["of"] == [told.id]
+        assert alice.context("What colour is Miso?").text.count("Miso is grey") == 1
+
+
+def test_a_fence_that_a_model_made_up_is_no_copy():
+    invented = f"{OPEN}\n[2023-05-08]\nAna: Miso is blue now.\n{CLOSE}"
+    assert derived(invented, shown("Miso is grey.")) == {}
+    mixed = f"{OPEN}\n[2023-05-08]\nAna: Miso.\nAna: Her vet is called Bo.\n{CLOSE}"
+    assert derived(mixed, shown("Miso.")) == {}
+    copied = f"{OPEN}\n[2023-05-08]\nAna: Miso.\nBo (summary): Two lines.\n I know.\n{CLOSE}"
+    told = derived(copied, shown("Miso.", "Two lines.\nI know."))["derived"]
+    assert told["share"] == 1
+    assert told["parts"][0] == {"span": [0, len(copied)], "of": ["id-1", "id-2"]}
+
+
+def test_marking_takes_linear_time():
+    """With quadratic time it does not come back."""
+    for reply in ("<memory " * 50_000, "<memory>" * 50_000, "<" + " " * 100_000, "< " * 50_000, "a: " * 50_000):
+        assert derived(reply, shown("x")) == {}
+        assert derived(f"<memory>{reply}", shown("x")) == {}
 
 
 @pytest.mark.parametrize("told", [None, 1, "x", [], {}, {"share": "y"}, {"share": 1}, {"share": 1, "parts": [1]}])

@@ -307,3 +307,23 @@ def test_a_streamed_reply_is_checked_as_a_whole_one(pieces):
     streamed, whole = Citations({1: "a", 12: "b"}), Citations({1: "a", 12: "b"})
     assert "".join(streamed.check(pieces)) == "".join(whole.check(["".join(pieces)]))
     assert streamed.cited == whole.cited
+
+
+@pytest.mark.parametrize("piece", [" ", "\n", "[", "[#1,", "]", "[ "])
+def test_citations_take_linear_time_in_any_pieces(piece):
+    """With quadratic time it does not come back."""
+    n = 200_000
+    for pieces in ([piece] * n, [f"x{piece * n}y"]):
+        assert "".join(Citations({1: "a"}).check(pieces)) == "".join(pieces)
+
+
+def test_a_number_that_no_segment_can_have_is_no_citation():
+    citations = Citations({1: "a"})
+    reply = f"Yes [#{'1' * 5000}]."
+    assert "".join(citations.check([reply])) == reply
+    assert citations.invented == ()
+
+
+@pytest.mark.parametrize("answer", ["[" * 5000, '{"evidence": [{"id": ' + "[" * 5000 + "}", '{"a": ' * 5000])
+def test_an_answer_nested_too_deep_is_one_that_cannot_be_read(answer):
+    assert not read_claims(answer) or read_claims(answer) == [Claim("", answer)]

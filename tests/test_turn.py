@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from memory_os import AsyncMemory, Memory
+from memory_os import AsyncMemory, Memory, NewSegment
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.errors import BudgetError, ConfigError, InvalidInputError, LLMError
 from memory_os.types import Outcome
@@ -156,6 +156,22 @@ with Memory.open(sys.argv[1], embedder="hash") as memory:
         context = memory.namespace("a").context("Who is my landlord and what is my cat called?", budget=budget)
         print(context.messages, [(e.segment_id, e.action, e.score) for e in context.ledger], context.account)
 """
+
+
+def test_a_line_is_priced_by_what_it_says_and_not_by_its_id(path):
+    """An import may bring ids that another namespace has, and what is restored may be another text."""
+    long, short = "The cat " + "is very very grey " * 200, "The cat is grey."
+    with Memory.open(path, embedder="hash", budget=400) as memory:
+        alice, bob = memory.namespace("alice"), memory.namespace("bob")
+        alice.add_many([NewSegment(short, "s", id="one")])
+        bob.add_many([NewSegment(long, "s", id="one"), NewSegment(long, "s", id="two")])
+        bob.context("grey cat")
+        [entry] = alice.context("grey cat").ledger
+        assert (entry.action, entry.n_tokens < 20) == ("activated", True)
+        bob.forget("one", "two")
+        bob.add_many([NewSegment(short, "s", id="two")], restore=True)
+        [entry] = bob.context("grey cat").ledger
+        assert (entry.action, entry.n_tokens < 20) == ("activated", True)
 
 
 def test_the_same_store_and_query_give_the_same_bytes_in_other_processes(path):

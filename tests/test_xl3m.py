@@ -199,6 +199,17 @@ def test_rules_leave_alone_what_they_do_not_know(text):
     assert by_rules(text) is None
 
 
+@pytest.mark.parametrize(
+    "piece", ["a", " ", "<", "\u0301", "what ", "eyJ", ",", "so ", "what's ", "please tell me ", "多"]
+)
+def test_rules_read_the_last_sentence_of_a_long_question_and_take_no_time_over_it(piece):
+    """With quadratic time it does not come back."""
+    long = f"x{piece * 200_000}x"
+    assert by_rules(long) is None
+    assert by_rules(f"{long}. Where did Priya buy the bike?") == "Priya bought the bike"
+    by_rules(f"What is {piece * (450 // len(piece))}?")
+
+
 @given(st.text(max_size=200))
 def test_no_question_breaks_the_rules(text):
     made = by_rules(text)
