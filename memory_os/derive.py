@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from memory_os.errors import StoreError
 from memory_os.protocols import Embedder, RecordStore, TokenEmbedder
 from memory_os.types import Namespace, Segment
 
-__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text"]
+__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text", "failure_of"]
 
 BATCH = 1024
 INLINE_PENDING = 512
@@ -29,15 +28,24 @@ def embedded_text(segment: Segment) -> str:
 
 
 @contextmanager
-def deferrable() -> Iterator[None]:
-    """Around work that is derived from what was just stored: where the disk fails it, it stays pending.
+def deferrable(kind: type[Exception] = Exception) -> Iterator[list[str]]:
+    """Around work that is derived from what is stored: where the disk or a model fails it, it stays pending.
 
-    The records are durable; an error now would have the caller store them again.
+    The records are durable; an error now would have the caller store them again. Gives what failed, for a note.
+
+    :param kind: only such errors: ``StoreError`` where the caller must know of a model that fails.
     """
+    failures: list[str] = []
     try:
-        yield
-    except StoreError as error:
-        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", error)
+        yield failures
+    except kind as error:  # whatever a foreign model raises
+        failures.append(failure_of(error))
+        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", failures[0])
+
+
+def failure_of(error: Exception) -> str:
+    """An error as notes and warnings tell of it."""
+    return f"{type(error).__name__}: {error}"
 
 
 def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from memory_os.derive import BATCH, catch_up, deferrable
-from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
+from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, StoreError, UnknownNameError
 from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.items import Items
@@ -258,6 +258,8 @@ class Scope:
         reply_to: Context | None = None,
     ) -> Segment:
         """Store one segment; it is durable when this returns.
+
+        An embedder that fails fails no write: a warning is logged, and the vector is made with the next one.
 
         :param created_at: when it was said; now, if not given.
         :param reply_to: the context that this is the model's reply to: what it repeats of that is marked, so that
@@ -718,7 +720,8 @@ class Scope:
     def search(self, query: str, *, k: int = 10) -> list[Hit]:
         """The ``k`` best segments of the namespace for a query, best first, with every signal.
 
-        Replies that repeat what is stored come after all others.
+        Replies that repeat what is stored come after all others. Where the embedder fails, a warning is logged and
+        words alone decide; ``context`` and ``chat`` note it in the trace, and ``nearest`` raises.
         """
         check_text(query)
         if k < 1:
@@ -748,7 +751,7 @@ class Scope:
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
-        with deferrable():
+        with deferrable(StoreError):
             if complete:
                 catch_up(parts.store, parts.embedder, self.labels)
             else:

@@ -261,7 +261,7 @@ def test_an_embedder_that_fails_is_noted_and_tried_again_and_no_search_fails(tmp
         assert (embedder.batches, embedder.failures) == ([], 0)  # once, and not again and again
         assert "the embedder is away" in caplog.text
         [note] = notes(memory)  # tells of it, and tries again
-        assert "the embedder failed (ConnectionError: the embedder is away)" in note
+        assert "making them failed (ConnectionError: the embedder is away)" in note
         memory.parts.vectors.join()
         assert memory.pending() == {}
         assert notes(memory) == []
