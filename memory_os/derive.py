@@ -48,8 +48,9 @@ def failure_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> None:
-    """Make the vectors of these segments, a batch at a time; each batch is durable."""
+def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> int:
+    """Make the vectors of these segments, a batch at a time; each batch is durable. How many were not there by then."""
+    new = 0
     for start in range(0, len(segments), BATCH):
         batch = segments[start : start + BATCH]
         texts = [embedded_text(segment) for segment in batch]
@@ -57,7 +58,9 @@ def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments
             vectors, tokens = embedder.embed_documents_by_token(texts)
         else:
             vectors, tokens = embedder.embed_documents(texts), None
-        store.put_vectors(namespace, embedder.fingerprint, [segment.id for segment in batch], vectors, tokens)
+        ids = [segment.id for segment in batch]
+        new += store.put_vectors(namespace, embedder.fingerprint, ids, vectors, tokens)
+    return new
 
 
 def catch_up(

@@ -55,8 +55,6 @@ NO_LIMIT = 2**53
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 JUDGES = ("user", "gold", "judge")
-LAST_PATIENCE_S = 20.0
-"""So long, at most, ``close`` waits for each thread of the backlog: torch must not be at work when Python leaves."""
 
 
 class Memory:
@@ -198,9 +196,9 @@ class Memory:
     def close(self) -> None:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
         if self.parts.vectors:
-            self.parts.vectors.close(LAST_PATIENCE_S)
+            self.parts.vectors.close()
         if self.parts.backlog:
-            self.parts.backlog.pause(LAST_PATIENCE_S)
+            self.parts.backlog.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -557,7 +555,7 @@ class Scope:
         return expire(self._parts, [self.labels], days, preview=preview, verify=verify)
 
     def export(self, file: str | Path | IO[str]) -> int:
-        """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
+        """Write the namespace (or the session) as JSONL, lossless, as it is now; gives back the number of segments.
 
         Traces and items go with a whole namespace only. An existing file is replaced when the export is complete.
         """
@@ -572,10 +570,11 @@ class Scope:
         traces: Iterable[Trace] = () if self.session_name else self._parts.store.traces(self.labels)
         items = () if self.session_name or self._parts.items is None else self.items.scan()
         lines = (line + "\n" for line in export_lines(counted(), traces, items))
-        if isinstance(file, str | Path):
-            replace_file(Path(file).expanduser(), lines)
-        else:
-            file.writelines(lines)
+        with self._parts.store.snapshot():
+            if isinstance(file, str | Path):
+                replace_file(Path(file).expanduser(), lines)
+            else:
+                file.writelines(lines)
         return count
 
     def export_alr2(
@@ -604,23 +603,26 @@ class Scope:
         from memory_os.aligned import Exporter
 
         parts = self._parts
-        confirmed = [trace for trace in parts.store.traces(self.labels) if trace.confirmation]
-        if not confirmed:
-            raise ConfigError("no turn of this namespace is confirmed; say which answers are right: memos confirm TURN")
-        exporter = Exporter(
-            parts.store.scan(self.labels),
-            parts.counter,
-            system=parts.options.system,
-            context_tokens=context_tokens,
-            stages=stages,
-            exclude=_lines(exclude) if isinstance(exclude, str | Path) else exclude,
-            split=split,
-            seed=seed,
-        )
-        if isinstance(file, str | Path):
-            replace_file(Path(file).expanduser(), exporter.lines(confirmed))
-        else:
-            file.writelines(exporter.lines(confirmed))
+        with parts.store.snapshot():
+            confirmed = [trace for trace in parts.store.traces(self.labels) if trace.confirmation]
+            if not confirmed:
+                raise ConfigError(
+                    "no turn of this namespace is confirmed; say which answers are right: memos confirm TURN"
+                )
+            exporter = Exporter(
+                parts.store.scan(self.labels),
+                parts.counter,
+                system=parts.options.system,
+                context_tokens=context_tokens,
+                stages=stages,
+                exclude=_lines(exclude) if isinstance(exclude, str | Path) else exclude,
+                split=split,
+                seed=seed,
+            )
+            if isinstance(file, str | Path):
+                replace_file(Path(file).expanduser(), exporter.lines(confirmed))
+            else:
+                file.writelines(exporter.lines(confirmed))
         return exporter.report
 
     def import_(

@@ -8,6 +8,7 @@ called from any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -377,6 +378,7 @@ class State(NamedTuple):
     :param last_segment: grows when segments are added.
     :param last_vector: grows when vectors under the fingerprint are added.
     :param n_pending: how many vectors under the fingerprint are still to be made.
+    :param n_stale: of how many of these there is a vector, by another embedder.
     """
 
     epoch: int
@@ -385,6 +387,7 @@ class State(NamedTuple):
     last_segment: int
     last_vector: int
     n_pending: int
+    n_stale: int
 
 
 class Profile(NamedTuple):
@@ -498,8 +501,14 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def still_held(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that something stored has in it, in any namespace."""
 
-    def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
-        """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
+    def pending(
+        self, namespace: Namespace, fingerprint: str, limit: int, *, newest: bool = False, stale: bool = True
+    ) -> list[Segment]:
+        """Segments whose vector under ``fingerprint`` is still to be made, oldest first.
+
+        :param newest: newest first.
+        :param stale: also those that have one by another embedder.
+        """
 
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many vectors are still to be made."""
@@ -511,8 +520,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         ids: Sequence[str],
         vectors: Matrix,
         tokens: Sequence[bytes] | None = None,
-    ) -> None:
-        """Store vectors (and token vectors) and strike the work off the pending list.
+    ) -> int:
+        """Store vectors (and token vectors) and strike the work off the pending list; how many were not there.
 
         They take the place of another embedder's; one that is there under the same fingerprint stays.
         """
@@ -581,6 +590,9 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
     def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
         """Mend what ``check_deep`` found and is derived, putting vectors to be made on the pending list."""
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """All that this thread reads meanwhile, items included, is of one moment; writers go on."""
 
     def close(self) -> None:
         """Release the database."""

@@ -178,7 +178,9 @@ class View:
             with deferrable() as failures:  # what there is can still be searched
                 parts.catch_up(self.namespace)
             self._state = parts.store.state(self.namespace, parts.embedder.fingerprint)
-            if self._state.n_pending:
+            if parts.contested(self.namespace, self._state):
+                self.notes.append(CONTESTED.format(self._state.n_stale))
+            elif self._state.n_pending:
                 self.notes.append(
                     _lacking(self._state.n_pending, [*failures, parts.vectors.failure if parts.vectors else ""][0])
                 )
@@ -326,6 +328,12 @@ def _without_echoes(segments: Iterable[Segment]) -> Iterator[Segment]:
         if not repeated or not ids.issuperset(repeated):
             yield segment
         ids.add(segment.id)
+
+
+CONTESTED = (
+    "{} segments have vectors by another embedder, with which this store is in use at the same time: they were "
+    "searched by their words only; open it with one embedder everywhere"
+)
 
 
 def _lacking(n: int, failure: str) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +54,22 @@ class ChromaIndex:
                 f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions"
             ) from error
         self._lock = threading.Lock()
+        self._pid: int | None = os.getpid()
         self._folder = folder
         self._client = self._connected()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """One thread at a time, of the process that opened it, until it is closed."""
+        if self._pid is None:
+            raise StoreError(f"the Chroma index {self._folder} was closed; open the memory again: Memory.open")
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"the Chroma index {self._folder} belongs to the process that opened it, and this one was forked from "
+                "it; close the memory before the fork and open it in one of the two, or use vectors='exact'"
+            )
+        with self._lock:
+            yield
 
     def _connected(self) -> Any:
         import chromadb
@@ -65,7 +81,7 @@ class ChromaIndex:
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` that HNSW finds among segments with ``seq <= upto``."""
-        with self._lock:
+        with self._owned():
             collection = self._synced(namespace)
             if k < 1 or not collection.count():
                 return []
@@ -85,7 +101,7 @@ class ChromaIndex:
         import numpy as np
 
         cosines: dict[str, float] = {}
-        with self._lock:
+        with self._owned():
             collection = self._collection(namespace)
             for start in range(0, len(ids), BATCH):
                 found: Any = collection.get(ids=list(ids[start : start + BATCH]), include=["embeddings"])
@@ -95,12 +111,12 @@ class ChromaIndex:
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the collection holds now."""
-        with self._lock:
+        with self._owned():
             return set(self._collection(namespace).get(include=[])["ids"])
 
     def sync(self, namespace: Namespace) -> None:
         """Add the rows that are new; where rows went away, take out what the rows no longer hold."""
-        with self._lock:
+        with self._owned():
             self._synced(namespace)
 
     def _synced(self, namespace: Namespace) -> Collection:
@@ -145,7 +161,7 @@ class ChromaIndex:
         """Delete the collection; the next search rebuilds it."""
         from chromadb.errors import NotFoundError
 
-        with self._lock:
+        with self._owned():
             try:
                 self._client.delete_collection(self._name(namespace))
             except NotFoundError:
@@ -157,7 +173,7 @@ class ChromaIndex:
         Chroma keeps what was added in a queue, and folders of collections that are gone.
         """
         self.drop(namespace)
-        with self._lock:
+        with self._owned():
             self._client.close()
             try:
                 self._clean()
@@ -177,8 +193,11 @@ class ChromaIndex:
                 shutil.rmtree(place)
 
     def close(self) -> None:
-        """Close Chroma and give the folder back."""
-        with self._lock:
+        """Close Chroma and give the folder back, unless that was done, or is another process's to do."""
+        if self._pid != os.getpid():
+            return
+        with self._owned():
+            self._pid = None
             self._client.close()
             self._owner.release()
 
