@@ -1,5 +1,6 @@
 """A memory's life: forked, closed, exported while others write."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from memory_os import Memory, StoreError
+from memory_os import AsyncMemory, Memory, StoreError
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.protocols import ItemChange
 from memory_os.types import NewSegment
@@ -205,3 +206,65 @@ def test_an_export_is_of_one_moment(tmp_path):
     (tmp_path / "b").mkdir()
     with Memory.open(tmp_path / "b" / "memory.db", embedder="hash") as memory:
         assert tuple(memory.namespace("a").import_(file.lines)) == (1502, 0)
+
+
+# -- asyncio -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_cancelled_has_ended_when_the_memory_is_closed(tmp_path):
+    go = threading.Event()
+
+    class Gated(HashEmbedder):
+        def embed_documents(self, texts):
+            go.wait(30)
+            return super().embed_documents(texts)
+
+    async def cancelled() -> None:
+        memory = await AsyncMemory.open(tmp_path / "memory.db", embedder=Gated(64))
+        adding = asyncio.create_task(memory.namespace("a").add_many([NewSegment("kite", "s")]))
+        await asyncio.sleep(0.2)
+        adding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await adding
+        closing = asyncio.create_task(memory.close())
+        await asyncio.sleep(0.2)
+        assert not closing.done()
+        go.set()
+        await closing
+
+    asyncio.run(cancelled())
+    with Memory.open(tmp_path / "memory.db", embedder=HashEmbedder(64)) as memory:
+        assert memory.pending() == {}
+        assert len(memory.namespace("a").history()) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_turn_that_is_cancelled_again_and_again_keeps_what_was_said(tmp_path, times):
+    said, go = threading.Event(), threading.Event()
+
+    class Gated(ScriptedLLM):
+        def generate(self, *args, **kwargs):
+            yield "one "
+            said.set()
+            go.wait(30)
+            yield "two "
+            yield "three"
+
+    async def cancelled() -> None:
+        async with AsyncMemory.open(tmp_path / "memory.db", embedder="hash", llm=Gated([])) as memory:
+            turn = asyncio.create_task(memory.namespace("a").chat("hi"))
+            await asyncio.to_thread(said.wait, 30)
+            for _ in range(times):
+                turn.cancel()
+                await asyncio.sleep(0.05)
+            go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await turn
+            await memory.calls.ended()
+            assert memory.memory.parts.vectors._n_turns == 0
+
+    asyncio.run(cancelled())
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        asked, reply = memory.namespace("a").history()
+        assert (asked.text, reply.metadata["outcome"]) == ("hi", "interrupted")
+        assert reply.text.startswith("one two")
