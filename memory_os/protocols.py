@@ -584,7 +584,11 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """Mend what ``check`` finds, putting vectors to be made on the pending list; counts by kind."""
 
     def check_deep(
-        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+        self,
+        fingerprint: str,
+        dimension: int,
+        token_dimension: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, list[str]]:
         """What ``check`` does not look at, row by row; ``wrong_vectors`` and others by the numbers of the rows."""
 
@@ -799,6 +803,9 @@ class ItemStore(Protocol):
 
     def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
+
+    def read_vectors(self, namespace: Namespace, fingerprint: str) -> tuple[list[int], list[str], Matrix]:
+        """``(rows, texts, vectors)`` of the texts that have one, in the order of rows; for ``doctor``."""
 
     def scan(self, namespace: Namespace, *, now: datetime) -> Iterator[ItemChange]:
         """Every item with all that is recorded of it, as the change that makes it, in the order of creation."""

@@ -704,14 +704,19 @@ class SqliteStore:
     def repair(self, fingerprint: str) -> dict[str, int]:
         """Mend what ``check`` finds; vectors to be made are left on the pending list."""
         faults = self.check(fingerprint)
-        mend(self.database, faults)
+        if not faults["records"]:
+            mend(self.database, faults, fingerprint)
         return {kind: len(found) for kind, found in faults.items()}
 
     def check_deep(
-        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+        self,
+        fingerprint: str,
+        dimension: int,
+        token_dimension: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, list[str]]:
         """What ``check`` does not look at, row by row; see ``checkup.find_deep_faults``."""
-        return find_deep_faults(self.database, fingerprint, dimension, trace_from_dict, progress)
+        return find_deep_faults(self.database, fingerprint, dimension, token_dimension, trace_from_dict, progress)
 
     def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
         """Mend what of these is derived; vectors to be made are left on the pending list."""
