@@ -143,7 +143,8 @@ DEEP = {
         SELECT pk FROM item_texts WHERE fingerprint = :f AND length(vector) != 4 * :d ORDER BY 1""",
     "trace_columns": """
         SELECT id FROM traces WHERE json_valid(body) AND json_type(body, '$.query_id') IS NOT NULL
-        AND (query_id IS NOT json_extract(body, '$.query_id') OR reply_id IS NOT json_extract(body, '$.reply_id')) ORDER BY 1""",
+        AND (query_id IS NOT json_extract(body, '$.query_id') OR reply_id IS NOT json_extract(body, '$.reply_id'))
+        ORDER BY 1""",
     "foreign_rows": " UNION ALL ".join(
         f"""SELECT '{table} ' || t.segment_pk FROM {table} t JOIN segments s ON s.pk = t.segment_pk
         WHERE t.namespace_id != s.namespace_id"""
