@@ -128,16 +128,9 @@ def _like(tokens: bytes, again: bytes, width: int) -> bool:
 def _index_strays(parts: Parts) -> list[str]:
     strays: set[str] = set()
     for namespace in parts.store.namespaces(emptied=True):
-        if not _strays_in(parts, namespace):
-            continue
-        parts.index.sync(namespace)  # another process may have forgotten since, which is no fault
-        strays |= _strays_in(parts, namespace)
+        held = parts.index.ids(namespace)
+        strays |= held - set(parts.store.get(namespace, held))
     return sorted(strays)
-
-
-def _strays_in(parts: Parts, namespace: Namespace) -> set[str]:
-    held = parts.index.ids(namespace)
-    return held - set(parts.store.get(namespace, held))
 
 
 def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
