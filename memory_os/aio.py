@@ -20,9 +20,37 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Calls:
+    """What is at work in threads. A thread goes on when who waits for it is cancelled; ``close`` waits for all."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, verb: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the verb gives back, from a worker thread."""
+        return await self.all_of(asyncio.to_thread(verb, *args, **kwargs))
+
+    async def all_of(self, work: Coroutine[Any, Any, R]) -> R:
+        """What the work gives back; cancelled or not, all of it is done."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, also where nobody waits any more
+
+    async def ended(self) -> None:
+        """Wait until nothing is at work."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
 def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[AsyncScope, P], Coroutine[Any, Any, R]]:
     async def run(self: AsyncScope, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.to_thread(verb, self.scope, *args, **kwargs)
+        return await self.calls(verb, self.scope, *args, **kwargs)
 
     update_wrapper(run, verb)
     return run
@@ -30,7 +58,7 @@ def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[
 
 def _of_items(verb: Callable[Concatenate[Items, P], R]) -> Callable[Concatenate[AsyncItems, P], Coroutine[Any, Any, R]]:
     async def run(self: AsyncItems, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.to_thread(verb, self.items, *args, **kwargs)
+        return await self.calls(verb, self.items, *args, **kwargs)
 
     update_wrapper(run, verb)
     return run
@@ -39,8 +67,9 @@ def _of_items(verb: Callable[Concatenate[Items, P], R]) -> Callable[Concatenate[
 class AsyncItems:
     """``Items`` for asyncio."""
 
-    def __init__(self, items: Items) -> None:
+    def __init__(self, items: Items, calls: Calls | None = None) -> None:
         self.items = items
+        self.calls = calls or Calls()
 
     put = _of_items(Items.put)
     delete = _of_items(Items.delete)
@@ -57,21 +86,22 @@ class AsyncItems:
 class AsyncScope:
     """``Scope`` for asyncio."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, calls: Calls | None = None) -> None:
         self.scope = scope
+        self.calls = calls or Calls()
 
     def session(self, name: str) -> AsyncScope:
         """The same verbs on one session of the namespace."""
-        return AsyncScope(self.scope.session(name))
+        return AsyncScope(self.scope.session(name), self.calls)
 
     @property
     def items(self) -> AsyncItems:
         """Mutable values under a path and key; see ``Scope.items``."""
-        return AsyncItems(self.scope.items)
+        return AsyncItems(self.scope.items, self.calls)
 
     def examples(self, input_name: str, label_name: str, *, labels: Sequence[str], k: int = 20) -> AsyncExamples:
         """Labelled examples of one task, kept in this namespace; see ``Scope.examples``."""
-        return AsyncExamples(self.scope.examples(input_name, label_name, labels=labels, k=k))
+        return AsyncExamples(self.scope.examples(input_name, label_name, labels=labels, k=k), self.calls)
 
     add = _threaded(Scope.add)
     add_many = _threaded(Scope.add_many)
@@ -118,17 +148,12 @@ class AsyncScope:
             if progress:
                 progress(done, total)
 
-        reading = asyncio.ensure_future(
-            asyncio.to_thread(
+        try:
+            return await self.calls(
                 self.scope.read, document, question, name=name, budget=budget, progress=watched, options=options
             )
-        )
-        try:
-            return await asyncio.shield(reading)
         finally:
             cancelled.set()
-            if not reading.done():  # the thread must come back before the store is closed
-                await asyncio.wait([reading])
 
     async def chat(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> Reply:
         """One whole turn; cancelling it interrupts the model and stores what was said."""
@@ -139,33 +164,35 @@ class AsyncScope:
 
     def stream(self, query: str, *, speaker: str | None = None, budget: int | None = None) -> AsyncStream:
         """One whole turn, piece by piece."""
-        return AsyncStream(self.scope.stream(query, speaker=speaker, budget=budget))
+        return AsyncStream(self.scope.stream(query, speaker=speaker, budget=budget), self.calls)
 
 
 class AsyncExamples:
     """``Examples`` for asyncio."""
 
-    def __init__(self, examples: Examples) -> None:
+    def __init__(self, examples: Examples, calls: Calls | None = None) -> None:
         self.examples = examples
+        self.calls = calls or Calls()
 
     async def add(self, pairs: Iterable[tuple[str, str]]) -> list[Segment]:
         """Store texts with their labels, all or none."""
-        return await asyncio.to_thread(self.examples.add, pairs)
+        return await self.calls(self.examples.add, pairs)
 
     async def fill(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compute keys and values of the newest examples that the bank has room for."""
-        return await asyncio.to_thread(self.examples.fill, progress)
+        return await self.calls(self.examples.fill, progress)
 
     async def classify(self, text: str, *, budget: int | None = None, calibrate: bool = True) -> Prediction:
         """The likeliest label of a text after the examples nearest to it."""
-        return await asyncio.to_thread(self.examples.classify, text, budget=budget, calibrate=calibrate)
+        return await self.calls(self.examples.classify, text, budget=budget, calibrate=calibrate)
 
 
 class AsyncStream:
     """``Stream`` for asyncio."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, calls: Calls | None = None) -> None:
         self._stream = stream
+        self._calls = calls or Calls()
         self._pieces = self._run()
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -186,10 +213,13 @@ class AsyncStream:
                     return
                 yield piece
         finally:
-            # cancelled in mid-step: the thread must come back before the turn can be closed
-            if step is not None and not step.done():
-                await asyncio.wait([step])
-            await asyncio.to_thread(self._stream.close)
+            # work of its own: cancelled once more, it is done all the same
+            await self._calls.all_of(self._ended(step))
+
+    async def _ended(self, step: asyncio.Future[Any] | None) -> None:
+        if step is not None and not step.done():  # the thread must come back before the turn can be closed
+            await asyncio.wait([step])
+        await asyncio.to_thread(self._stream.close)
 
     @property
     def reply(self) -> Reply:
@@ -202,6 +232,7 @@ class AsyncMemory:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self.calls = Calls()
 
     @staticmethod
     def open(path: str | Path, **kwargs: Any) -> _Opening:
@@ -210,34 +241,35 @@ class AsyncMemory:
 
     def namespace(self, *labels: str) -> AsyncScope:
         """The verbs on one namespace."""
-        return AsyncScope(self.memory.namespace(*labels))
+        return AsyncScope(self.memory.namespace(*labels), self.calls)
 
     async def namespaces(self) -> list[Namespace]:
         """All that hold anything."""
-        return await asyncio.to_thread(self.memory.namespaces)
+        return await self.calls(self.memory.namespaces)
 
     async def expire(self, days: float, *, preview: bool = False, verify: bool = False) -> dict[str, int]:
         """Forget what is older than so many days in every namespace."""
-        return await asyncio.to_thread(self.memory.expire, days, preview=preview, verify=verify)
+        return await self.calls(self.memory.expire, days, preview=preview, verify=verify)
 
     async def scan_for(self, *texts: str) -> dict[str, list[str]]:
         """``{file: texts}``: in which files of the store any of these texts stands."""
-        return await asyncio.to_thread(self.memory.scan_for, *texts)
+        return await self.calls(self.memory.scan_for, *texts)
 
     async def pending(self) -> dict[Namespace, int]:
         """How many vectors each namespace still lacks."""
-        return await asyncio.to_thread(self.memory.pending)
+        return await self.calls(self.memory.pending)
 
     async def check(self, *, deep: bool = False) -> dict[str, list[str]]:
         """What is wrong with the store, by kind."""
-        return await asyncio.to_thread(self.memory.check, deep=deep)
+        return await self.calls(self.memory.check, deep=deep)
 
     async def repair(self, *, deep: bool = False) -> dict[str, int]:
         """Rebuild what is derived and missing or wrong."""
-        return await asyncio.to_thread(self.memory.repair, deep=deep)
+        return await self.calls(self.memory.repair, deep=deep)
 
     async def close(self) -> None:
-        """Release the database and the index."""
+        """Release the database and the index, when all that is at work has ended, what was cancelled included."""
+        await self.calls.ended()
         await asyncio.to_thread(self.memory.close)
 
     async def __aenter__(self) -> Self:

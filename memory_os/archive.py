@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from memory_os.corpus import MAX_SEGMENTS, Corpus
 from memory_os.errors import ConfigError
 from memory_os.protocols import State, TokenEmbedder
+from memory_os.recall import Recall, asked_of
 from memory_os.types import Namespace, Segment
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memory_os.protocols import Vector
-    from memory_os.recall import Recall
 
     Ints = NDArray[np.int64]
 
@@ -33,6 +33,7 @@ class Archive:
 
     :param cosine: of the query with the turn's best segment, ``[turns]``.
     :param age: turns since each was last activated, or said, ``[turns]``; 1 is the latest.
+    :param note: why every cosine is 0, where the embedder failed.
     """
 
     cosine: Vector
@@ -43,6 +44,7 @@ class Archive:
     _turns: Ints
     _turn_of: Ints
     _left_out: frozenset[int]
+    note: str = ""
 
     def segments(self, turn: int) -> list[Segment]:
         """The segments of a turn, in the order of ``seq``, but for flash memory, echoes, and those that are gone."""
@@ -71,7 +73,7 @@ def read_archive(
         )
     store, index, embedder = recall.store, recall.index, recall.embedder
     width = embedder.token_dimension if isinstance(embedder, TokenEmbedder) else 0
-    vector = embedder.embed_query(query)
+    asked, note = asked_of(embedder, query)
     index.sync(namespace)
     used = store.last_activations(namespace)
     with recall.corpora.lock:
@@ -88,7 +90,8 @@ def read_archive(
     turn_of = (np.cumsum(begins) - 1)[first] if n else first
     n_turns = int(begins.sum())
     cosine = np.full(n_turns, -1.0, dtype=np.float32)
-    np.maximum.at(cosine, turn_of, np.where(echoes, np.float32(-1.0), index.similarities(namespace, vector, ids)))
+    near = index.similarities(namespace, asked.vector, ids) if asked else np.zeros(n, dtype=np.float32)
+    np.maximum.at(cosine, turn_of, np.where(echoes, np.float32(-1.0), near))
     last = np.arange(n_turns)
     for seq, by in used.items():
         row, query_row = np.searchsorted(seqs, [seq, by])
@@ -98,7 +101,7 @@ def read_archive(
     inside[list(left_out)] = False
     turns = np.unique(turn_of[inside])
     age = (n_turns - last[turns]).astype(np.float32)
-    return Archive(cosine[turns], age, recall, namespace, corpus, turns, turn_of, left_out)
+    return Archive(cosine[turns], age, recall, namespace, corpus, turns, turn_of, left_out, note)
 
 
 def _first_rows(rows: NDArray[np.void]) -> Ints:

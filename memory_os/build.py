@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from memory_os.backlog import Backlog, VectorBacklog
-from memory_os.derive import catch_up
+from memory_os.backlog import Backlog, Made, VectorBacklog
+from memory_os.derive import embed
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
 from memory_os.limits import as_ref
@@ -183,10 +183,11 @@ def build_parts(
         fingerprint = chosen_embedder.fingerprint
         return store.count_pending(namespace, fingerprint) + items.count_pending(namespace, fingerprint)
 
-    def make_missing(namespace: Namespace, most: int) -> int:
-        return catch_up(store, chosen_embedder, namespace, limit=most) or Items(
-            items, chosen_embedder, namespace
-        ).catch_up(limit=most)
+    def make_missing(namespace: Namespace, most: int, newest: bool) -> Made:
+        if todo := store.pending(namespace, chosen_embedder.fingerprint, most, newest=newest):
+            return Made(len(todo), embed(store, chosen_embedder, namespace, todo))
+        made = Items(items, chosen_embedder, namespace).catch_up(limit=most)
+        return Made(made, made)
 
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,

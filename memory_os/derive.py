@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from memory_os.errors import StoreError
 from memory_os.protocols import Embedder, RecordStore, TokenEmbedder
 from memory_os.types import Namespace, Segment
 
-__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text"]
+__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text", "failure_of"]
 
 BATCH = 1024
 INLINE_PENDING = 512
@@ -29,19 +28,29 @@ def embedded_text(segment: Segment) -> str:
 
 
 @contextmanager
-def deferrable() -> Iterator[None]:
-    """Around work that is derived from what was just stored: where the disk fails it, it stays pending.
+def deferrable(kind: type[Exception] = Exception) -> Iterator[list[str]]:
+    """Around work that is derived from what is stored: where the disk or a model fails it, it stays pending.
 
-    The records are durable; an error now would have the caller store them again.
+    The records are durable; an error now would have the caller store them again. Gives what failed, for a note.
+
+    :param kind: only such errors: ``StoreError`` where the caller must know of a model that fails.
     """
+    failures: list[str] = []
     try:
-        yield
-    except StoreError as error:
-        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", error)
+        yield failures
+    except kind as error:  # whatever a foreign model raises
+        failures.append(failure_of(error))
+        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", failures[0])
 
 
-def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> None:
-    """Make the vectors of these segments, a batch at a time; each batch is durable."""
+def failure_of(error: Exception) -> str:
+    """An error as notes and warnings tell of it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> int:
+    """Make the vectors of these segments, a batch at a time; each batch is durable. How many were not there by then."""
+    new = 0
     for start in range(0, len(segments), BATCH):
         batch = segments[start : start + BATCH]
         texts = [embedded_text(segment) for segment in batch]
@@ -49,7 +58,9 @@ def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments
             vectors, tokens = embedder.embed_documents_by_token(texts)
         else:
             vectors, tokens = embedder.embed_documents(texts), None
-        store.put_vectors(namespace, embedder.fingerprint, [segment.id for segment in batch], vectors, tokens)
+        ids = [segment.id for segment in batch]
+        new += store.put_vectors(namespace, embedder.fingerprint, ids, vectors, tokens)
+    return new
 
 
 def catch_up(

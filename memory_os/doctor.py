@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from memory_os.derive import catch_up, embedded_text
 from memory_os.items import Items
+from memory_os.protocols import TokenEmbedder
 from memory_os.turn import Parts
 from memory_os.types import Namespace
 
@@ -15,11 +16,15 @@ SAMPLE = 2000
 """Of so many segments of a namespace, at most, the vector is made again and compared."""
 NEAR = 0.99
 """The cosine of a vector and the same made again: on other hardware they differ a little."""
+NEAR_TOKENS = 0.95
+"""As ``NEAR``, on average over the token vectors of a text, which are rounded to bytes."""
 NO_FAULT = ("pending_vectors", "pending_item_vectors", "lost_sources", "copies")
 """What is found and is no fault: work that is left, summaries of what was not imported along, copies to be deleted."""
 BY_HAND = "restore a backup or an export: memos import"
 FIXES = {
     "damage": BY_HAND,
+    "records": f"{BY_HAND}; until then nothing else can be looked at or mended",
+    "unfinished": "close what else has the store open, then: memos doctor --repair",
     "integrity": BY_HAND,
     "wrong_seq": f"memos doctor --repair --deep, where the counter is behind; else {BY_HAND}",
     "traces": "forget the turn, or restore a backup or an export",
@@ -37,7 +42,7 @@ def check(parts: Parts) -> dict[str, list[str]]:
     ``pending_vectors`` and ``pending_item_vectors`` are work that was interrupted and not a fault of the data.
     """
     faults = parts.store.check(parts.embedder.fingerprint)
-    faults["index"] = _index_strays(parts)
+    faults["index"] = [] if faults["records"] else _index_strays(parts)
     faults["bank"] = parts.bank.check() if parts.bank else []
     return faults
 
@@ -48,13 +53,20 @@ def check_deep(parts: Parts, progress: Callable[[str, int, int], None] | None = 
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
     embedder, store = parts.embedder, parts.store
-    found = store.check_deep(embedder.fingerprint, embedder.dimension, progress)
-    if not found["wrong_vectors"]:  # of one length, so that they can be read as a matrix
-        names = store.namespaces()
-        for n, namespace in enumerate(names, start=1):
+    width = embedder.token_dimension if isinstance(embedder, TokenEmbedder) else 0
+    found = store.check_deep(embedder.fingerprint, embedder.dimension, width, progress)
+    if not found:  # records that cannot be read, as check says
+        return found
+    # of one length, so that they can be read as a matrix
+    segments, items = not found["wrong_vectors"], parts.items and not found["wrong_item_vectors"]
+    names = store.namespaces()
+    for n, namespace in enumerate(names, start=1):
+        if segments:
             found["wrong_vectors"] += _unlike(parts, namespace)
-            if progress:
-                progress("vectors of namespaces", n, len(names))
+        if items:
+            found["wrong_item_vectors"] += _unlike_items(parts, namespace)
+        if progress:
+            progress("vectors of namespaces", n, len(names))
     return found
 
 
@@ -62,17 +74,55 @@ def _unlike(parts: Parts, namespace: Namespace) -> list[str]:
     """Rows of the sampled segments whose vector is not what their text gives, evenly over the namespace."""
     import numpy as np
 
-    ids, _, matrix, _ = parts.store.read_vectors(namespace, parts.embedder.fingerprint)
-    chosen = range(0, len(ids), max(1, -(-len(ids) // SAMPLE)))
-    segments = parts.store.get(namespace, [ids[i] for i in chosen])
-    rows = [i for i in chosen if ids[i] in segments]
+    embedder, store = parts.embedder, parts.store
+    ids, seqs, matrix, _ = store.read_vectors(namespace, embedder.fingerprint)
+    segments = store.get(namespace, [ids[i] for i in _sample(len(ids))])
+    rows = [i for i in _sample(len(ids)) if ids[i] in segments]
     if not rows:
         return []
-    again = parts.embedder.embed_documents([embedded_text(segments[ids[i]]) for i in rows])
+    texts = [embedded_text(segments[ids[i]]) for i in rows]
+    if isinstance(embedder, TokenEmbedder):
+        again, tokens = embedder.embed_documents_by_token(texts)
+        held = dict(store.read_tokens(namespace, embedder.fingerprint))
+        width = embedder.token_dimension
+        like = [_like(held.get(seqs[i], b""), token, width) for i, token in zip(rows, tokens, strict=True)]
+    else:
+        again, like = embedder.embed_documents(texts), [True] * len(rows)
     cosines = np.einsum("ij,ij->i", matrix[rows], again)
-    wrong = [segments[ids[i]].id for i, cosine in zip(rows, cosines, strict=True) if not cosine >= NEAR]
-    known = {profile.id: profile.row for profile in parts.store.read_profiles(namespace)} if wrong else {}
+    wrong = [ids[i] for i, cosine, same in zip(rows, cosines, like, strict=True) if not (same and cosine >= NEAR)]
+    known = {profile.id: profile.row for profile in store.read_profiles(namespace)} if wrong else {}
     return [str(known[id_]) for id_ in wrong if id_ in known]
+
+
+def _unlike_items(parts: Parts, namespace: Namespace) -> list[str]:
+    """Rows of the sampled texts of items whose vector is not what they give."""
+    import numpy as np
+
+    if parts.items is None:
+        return []
+    pks, texts, matrix = parts.items.read_vectors(namespace, parts.embedder.fingerprint)
+    rows = list(_sample(len(pks)))
+    if not rows:
+        return []
+    again = parts.embedder.embed_documents([texts[i] for i in rows])
+    cosines = np.einsum("ij,ij->i", matrix[rows], again)
+    return [str(pks[i]) for i, cosine in zip(rows, cosines, strict=True) if not cosine >= NEAR]
+
+
+def _sample(n: int) -> range:
+    """Places of at most ``SAMPLE`` of ``n``, evenly."""
+    return range(0, n, max(1, -(-n // SAMPLE)))
+
+
+def _like(tokens: bytes, again: bytes, width: int) -> bool:
+    """Whether token vectors are those that were made again, but for rounding."""
+    import numpy as np
+
+    if len(tokens) != len(again) or not tokens:
+        return len(tokens) == len(again)
+    one, other = (np.frombuffer(each, dtype=np.int8).reshape(-1, width).astype(np.float32) for each in (tokens, again))
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return bool(np.mean(np.einsum("ij,ij->i", one, other) / np.maximum(lengths, 1.0)) >= NEAR_TOKENS)
 
 
 def _index_strays(parts: Parts) -> list[str]:
@@ -86,13 +136,17 @@ def _index_strays(parts: Parts) -> list[str]:
 def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
     """Mend what ``check`` finds and make every pending vector; counts by kind of what was found.
 
-    Damage to the file itself is reported and cannot be mended here: restore a backup or an export.
+    Damage to the file itself, and records that cannot be read, are reported and cannot be mended here: restore a backup
+    or an export.
     """
     found = parts.store.repair(parts.embedder.fingerprint)
+    if found["records"]:
+        return found
     if deep:
         faults = check_deep(parts)
         parts.store.repair_deep(faults)
         found |= {kind: len(rows) for kind, rows in faults.items()}
+        parts.store.repair(parts.embedder.fingerprint)  # what stood under another namespace is missing from its own now
     found["index"] = len(_index_strays(parts))
     found["bank"] = parts.bank.repair() if parts.bank else 0
     kinds = ("index", "missing_vectors", "orphan_vectors", "pending_vectors", "wrong_vectors")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memory_os.bank import Layout, LLMBank
+from memory_os.derive import deferrable
 from memory_os.errors import BudgetError, CapabilityError, ConfigError, InvalidInputError
 from memory_os.ingest import check_text
 from memory_os.protocols import KV, Bank, CachingLLM
@@ -84,7 +85,8 @@ class Examples:
         :raises InvalidInputError: for a label that was not named, or a text that cannot be stored; nothing is stored.
         """
         stored = self._parts.store.append(self._namespace, [self._segment(text, label) for text, label in pairs])
-        self._parts.catch_up(self._namespace, stored)
+        with deferrable():
+            self._parts.catch_up(self._namespace, stored)
         return stored
 
     def _segment(self, text: str, label: str) -> NewSegment:

@@ -11,7 +11,7 @@ from typing import Any
 
 from memory_os.backlog import VectorBacklog
 from memory_os.derive import BATCH, INLINE_PENDING, deferrable
-from memory_os.errors import ConfigError, InvalidInputError
+from memory_os.errors import ConfigError, InvalidInputError, StoreError
 from memory_os.limits import MAX_ITEM_CHARS, MAX_LABEL_CHARS, MAX_PATH_LABELS, MAX_TEXT_CHARS, check_depth
 from memory_os.protocols import Embedder, Item, ItemChange, ItemPath, ItemStore
 from memory_os.types import Namespace
@@ -124,11 +124,7 @@ class Items:
             todo = self._store.pending(self.labels, self._embedder.fingerprint, size)
             if not todo:
                 break
-            try:
-                vectors = self._embedder.embed_documents([text for _, text in todo])
-            except Exception as error:  # whatever a foreign model raises: its caller must know what became of the put
-                error.add_note("The items are stored. Their vectors are pending, and are made before the next search.")
-                raise
+            vectors = self._embedder.embed_documents([text for _, text in todo])
             self._store.put_vectors(self._embedder.fingerprint, [row for row, _ in todo], vectors)
             done += len(todo)
             if len(todo) < size:
@@ -167,7 +163,7 @@ class Items:
         vector = None
         if query is not None:
             vector = self._embedder.embed_query(_storable(query, "search", "query"))
-            with deferrable():
+            with deferrable(StoreError):  # the embedder is at work, as was just seen
                 self._make_vectors()
         return self._store.search(
             self.labels,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from memory_os.derive import BATCH, catch_up, deferrable
-from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, UnknownNameError
+from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, StoreError, UnknownNameError
 from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
 from memory_os.ingest import batched, check_text, parse_time, read_segments, up_to_the_fault, with_keys
 from memory_os.items import Items
@@ -66,8 +66,6 @@ NO_LIMIT = 2**53
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
 JUDGES = ("user", "gold", "judge")
-LAST_PATIENCE_S = 20.0
-"""So long, at most, ``close`` waits for each thread of the backlog: torch must not be at work when Python leaves."""
 
 
 class Memory:
@@ -210,9 +208,9 @@ class Memory:
     def close(self) -> None:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
         if self.parts.vectors:
-            self.parts.vectors.close(LAST_PATIENCE_S)
+            self.parts.vectors.close()
         if self.parts.backlog:
-            self.parts.backlog.pause(LAST_PATIENCE_S)
+            self.parts.backlog.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -270,6 +268,8 @@ class Scope:
         reply_to: Context | None = None,
     ) -> Segment:
         """Store one segment; it is durable when this returns.
+
+        An embedder that fails fails no write: a warning is logged, and the vector is made with the next one.
 
         :param created_at: when it was said; now, if not given.
         :param reply_to: the context that this is the model's reply to: what it repeats of that is marked, so that
@@ -572,7 +572,7 @@ class Scope:
         return expire(self._parts, [self.labels], days, preview=preview, verify=verify)
 
     def export(self, file: str | Path | IO[str]) -> int:
-        """Write the namespace (or the session) as JSONL, lossless; gives back the number of segments.
+        """Write the namespace (or the session) as JSONL, lossless, as it is now; gives back the number of segments.
 
         Traces and items go with a whole namespace only. An existing file is replaced when the export is complete.
         """
@@ -587,10 +587,11 @@ class Scope:
         traces: Iterable[Trace] = () if self.session_name else self._parts.store.traces(self.labels)
         items = () if self.session_name or self._parts.items is None else self.items.scan()
         lines = (line + "\n" for line in export_lines(counted(), traces, items))
-        if isinstance(file, str | Path):
-            replace_file(Path(file).expanduser(), lines)
-        else:
-            file.writelines(lines)
+        with self._parts.store.snapshot():
+            if isinstance(file, str | Path):
+                replace_file(Path(file).expanduser(), lines)
+            else:
+                file.writelines(lines)
         return count
 
     def export_alr2(
@@ -619,23 +620,26 @@ class Scope:
         from memory_os.aligned import Exporter
 
         parts = self._parts
-        confirmed = [trace for trace in parts.store.traces(self.labels) if trace.confirmation]
-        if not confirmed:
-            raise ConfigError("no turn of this namespace is confirmed; say which answers are right: memos confirm TURN")
-        exporter = Exporter(
-            parts.store.scan(self.labels),
-            parts.counter,
-            system=parts.options.system,
-            context_tokens=context_tokens,
-            stages=stages,
-            exclude=_lines(exclude) if isinstance(exclude, str | Path) else exclude,
-            split=split,
-            seed=seed,
-        )
-        if isinstance(file, str | Path):
-            replace_file(Path(file).expanduser(), exporter.lines(confirmed))
-        else:
-            file.writelines(exporter.lines(confirmed))
+        with parts.store.snapshot():
+            confirmed = [trace for trace in parts.store.traces(self.labels) if trace.confirmation]
+            if not confirmed:
+                raise ConfigError(
+                    "no turn of this namespace is confirmed; say which answers are right: memos confirm TURN"
+                )
+            exporter = Exporter(
+                parts.store.scan(self.labels),
+                parts.counter,
+                system=parts.options.system,
+                context_tokens=context_tokens,
+                stages=stages,
+                exclude=_lines(exclude) if isinstance(exclude, str | Path) else exclude,
+                split=split,
+                seed=seed,
+            )
+            if isinstance(file, str | Path):
+                replace_file(Path(file).expanduser(), exporter.lines(confirmed))
+            else:
+                file.writelines(exporter.lines(confirmed))
         return exporter.report
 
     def import_(
@@ -737,7 +741,8 @@ class Scope:
     def search(self, query: str, *, k: int = 10) -> list[Hit]:
         """The ``k`` best segments of the namespace for a query, best first, with every signal.
 
-        Replies that repeat what is stored come after all others.
+        Replies that repeat what is stored come after all others. Where the embedder fails, a warning is logged and
+        words alone decide; ``context`` and ``chat`` note it in the trace, and ``nearest`` raises.
         """
         check_text(query)
         if k < 1:
@@ -767,7 +772,7 @@ class Scope:
         if k < 1:
             raise ConfigError(f"k must be at least 1, not {k}")
         parts = self._parts
-        with deferrable():
+        with deferrable(StoreError):
             if complete:
                 catch_up(parts.store, parts.embedder, self.labels)
             else:

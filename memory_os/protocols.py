@@ -8,6 +8,7 @@ called from any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -384,6 +385,7 @@ class State(NamedTuple):
     :param last_segment: grows when segments are added.
     :param last_vector: grows when vectors under the fingerprint are added.
     :param n_pending: how many vectors under the fingerprint are still to be made.
+    :param n_stale: of how many of these there is a vector, by another embedder.
     """
 
     epoch: int
@@ -392,6 +394,7 @@ class State(NamedTuple):
     last_segment: int
     last_vector: int
     n_pending: int
+    n_stale: int
 
 
 class Profile(NamedTuple):
@@ -527,8 +530,14 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def still_held(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that something stored has in it, in any namespace."""
 
-    def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
-        """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
+    def pending(
+        self, namespace: Namespace, fingerprint: str, limit: int, *, newest: bool = False, stale: bool = True
+    ) -> list[Segment]:
+        """Segments whose vector under ``fingerprint`` is still to be made, oldest first.
+
+        :param newest: newest first.
+        :param stale: also those that have one by another embedder.
+        """
 
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many vectors are still to be made."""
@@ -540,8 +549,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         ids: Sequence[str],
         vectors: Matrix,
         tokens: Sequence[bytes] | None = None,
-    ) -> None:
-        """Store vectors (and token vectors) and strike the work off the pending list.
+    ) -> int:
+        """Store vectors (and token vectors) and strike the work off the pending list; how many were not there.
 
         They take the place of another embedder's; one that is there under the same fingerprint stays.
         """
@@ -606,12 +615,19 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """Mend what ``check`` finds, putting vectors to be made on the pending list; counts by kind."""
 
     def check_deep(
-        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+        self,
+        fingerprint: str,
+        dimension: int,
+        token_dimension: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, list[str]]:
         """What ``check`` does not look at, row by row; ``wrong_vectors`` and others by the numbers of the rows."""
 
     def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
         """Mend what ``check_deep`` found and is derived, putting vectors to be made on the pending list."""
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """All that this thread reads meanwhile, items included, is of one moment; writers go on."""
 
     def close(self) -> None:
         """Release the database."""
@@ -825,6 +841,9 @@ class ItemStore(Protocol):
 
     def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
+
+    def read_vectors(self, namespace: Namespace, fingerprint: str) -> tuple[list[int], list[str], Matrix]:
+        """``(rows, texts, vectors)`` of the texts that have one, in the order of rows; for ``doctor``."""
 
     def scan(self, namespace: Namespace, *, now: datetime) -> Iterator[ItemChange]:
         """Every item with all that is recorded of it, as the change that makes it, in the order of creation."""

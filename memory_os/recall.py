@@ -10,6 +10,7 @@ Clarke and Buettcher 2009): the sum over the rankings of ``1 / (60 + rank)``.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING
 
 from memory_os import signals as s
 from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
+from memory_os.derive import failure_of
 from memory_os.echo import is_echo, repeated_by
+from memory_os.errors import ConfigError
 from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
 from memory_os.question import Question, read_question
 from memory_os.types import Hit, Namespace
@@ -32,12 +35,15 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-__all__ = ["Recall", "Recalled", "Scored", "fuse"]
+__all__ = ["FAILED", "Recall", "Recalled", "Scored", "asked_of", "fuse"]
+
+log = logging.getLogger(__name__)
 
 RRF_K = 60
 SEARCH = 128
 """Either search offers so many at least."""
 UNREAD = "{} does not know the script of the query: recall went by words alone"
+FAILED = "the embedder failed ({}): recall went by words alone"
 MAX_ECHOES = 64
 """So many echoes at most are told of."""
 SURROUNDINGS = 2
@@ -46,7 +52,10 @@ SURROUNDINGS = 2
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Signals and scores of the candidates, as arrays over ``rows`` of the corpus."""
+    """Signals and scores of the candidates, as arrays over ``rows`` of the corpus.
+
+    :param note: why recall went by words alone, where it did so for an embedder that failed.
+    """
 
     corpus: Corpus
     ids: list[str]
@@ -55,6 +64,7 @@ class Scored:
     contributions: Mapping[str, Vector]
     scores: Vector
     question: Question
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +111,9 @@ class Recall:
 
         state = state or self.store.state(namespace, self.embedder.fingerprint)
         if state.n_segments > MAX_SEGMENTS:
-            hits, echoes = self._fused(namespace, query, k, upto)
-            note = f"{state.n_segments} segments are too many to weigh each; dense and lexical ranks were fused"
-            return Recalled(hits, (note,), echoes)
+            hits, echoes, *notes = self._fused(namespace, query, k, upto)
+            many = f"{state.n_segments} segments are too many to weigh each; dense and lexical ranks were fused"
+            return Recalled(hits, (many, *filter(None, notes)), echoes)
         scored = self.score(namespace, query, k=k, upto=upto, now=now, state=state)
         if scored is None:
             return Recalled([])
@@ -111,9 +121,10 @@ class Recall:
         ranked = np.lexsort((scored.rows, -order))
         repeats = scored.corpus.rows["echo"][scored.rows[ranked]]
         end = int(np.searchsorted(np.cumsum(~repeats), k)) + 1  # behind the last hit
-        notes = () if _reads(self.embedder, query) else (UNREAD.format(self.embedder.fingerprint),)
+        unread = "" if scored.note or _reads(self.embedder, query) else UNREAD.format(self.embedder.fingerprint)
         hits = self._hits(namespace, scored, ranked[~repeats][:k])
-        return Recalled(hits, notes, tuple(self._hits(namespace, scored, ranked[:end][repeats[:end]][:MAX_ECHOES])))
+        echoes = tuple(self._hits(namespace, scored, ranked[:end][repeats[:end]][:MAX_ECHOES]))
+        return Recalled(hits, tuple(filter(None, (scored.note, unread))), echoes)
 
     def _hits(self, namespace: Namespace, scored: Scored, which: Ints) -> list[Hit]:
         """The candidates at these places, in this order."""
@@ -139,13 +150,13 @@ class Recall:
         """Signals and scores of everything near what either search finds among its ``k`` best; ``None`` for nothing."""
         import numpy as np
 
-        asked = self._embedded(query)
+        asked, note = asked_of(self.embedder, query)
         width = self.embedder.token_dimension if isinstance(self.embedder, TokenEmbedder) else 0
         state = state or self.store.state(namespace, self.embedder.fingerprint)
         with self.corpora.lock:  # echoes are near to what their originals are near to, and must not crowd them out
             n_echoes = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state).n_echoes
         k = max(k, SEARCH) + n_echoes
-        found = self.index.search(namespace, asked.vector, k, upto=upto)
+        found = self.index.search(namespace, asked.vector, k, upto=upto) if asked else []
         with self.corpora.lock:
             corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
             n = corpus.visible(upto)
@@ -156,16 +167,17 @@ class Recall:
             lexical = corpus.bm25(question.terms, n)
             rows = self._candidates(corpus, n, [id_ for id_, _ in found], lexical, k)
             ids = [corpus.ids[row] for row in rows]
-            dense = self.index.similarities(namespace, asked.vector, ids)
+            unknown = np.zeros(len(ids), dtype=np.float32)
+            dense = self.index.similarities(namespace, asked.vector, ids) if asked else unknown
             near = s.Neighbours(corpus, rows, n)
             signals = s.plain_signals(corpus, rows, near, question, dense, lexical)
-            if len(asked.tokens):
+            if asked and len(asked.tokens):
                 best = s.best_cosines(corpus, rows, asked.tokens)
                 signals |= s.late_signals(near, best, s.token_weights(corpus, query, asked.spans, n))
         weights = learned()[_kind_of_weights(self.embedder, query, asked)]
         parts = s.contributions(signals, question.kinds, weights)
         scores = np.sum(list(parts.values()), axis=0)
-        return Scored(corpus, ids, rows, signals, parts, scores, question)
+        return Scored(corpus, ids, rows, signals, parts, scores, question, note)
 
     def frequencies(
         self, namespace: Namespace, terms: Iterable[str], *, upto: int | None, state: State
@@ -181,12 +193,6 @@ class Recall:
             corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
             n = corpus.visible(upto)
             return {term: len(corpus.postings(term, n)[0]) for term in terms}
-
-    def _embedded(self, query: str) -> TokenQuery:
-        if isinstance(self.embedder, TokenEmbedder):
-            return self.embedder.embed_query_by_token(query)
-        vector = self.embedder.embed_query(query)
-        return TokenQuery(vector, vector[:0].reshape(0, 1), ())
 
     @staticmethod
     def _candidates(corpus: Corpus, n: int, dense: Sequence[str], lexical: Vector, k: int) -> Ints:
@@ -209,11 +215,14 @@ class Recall:
         rows = np.unique(np.concatenate(wanted))
         return rows[rows < n].astype(np.int64)
 
-    def _fused(self, namespace: Namespace, query: str, k: int, upto: int | None) -> tuple[list[Hit], tuple[Hit, ...]]:
-        """``(hits, echoes)``."""
+    def _fused(
+        self, namespace: Namespace, query: str, k: int, upto: int | None
+    ) -> tuple[list[Hit], tuple[Hit, ...], str]:
+        """``(hits, echoes, note)``."""
+        asked, note = asked_of(self.embedder, query)
         fused = fuse(
             {
-                "dense": self.index.search(namespace, self.embedder.embed_query(query), k + MAX_ECHOES, upto=upto),
+                "dense": self.index.search(namespace, asked.vector, k + MAX_ECHOES, upto=upto) if asked else [],
                 "lexical": self.store.search(namespace, query, k + MAX_ECHOES, upto=upto),
             }
         )
@@ -223,15 +232,33 @@ class Recall:
         there = self.store.get(namespace, {id_ for hit in hits for id_ in repeated_by(hit.segment.metadata)})
         echoes = {hit.segment.id for hit in hits if is_echo(hit.segment, there)}
         own = [hit for hit in hits if hit.segment.id not in echoes]
-        return own[:k], tuple(hit for hit in hits if hit.segment.id in echoes)[:MAX_ECHOES]
+        return own[:k], tuple(hit for hit in hits if hit.segment.id in echoes)[:MAX_ECHOES], note
+
+
+def asked_of(embedder: Embedder, query: str) -> tuple[TokenQuery | None, str]:
+    """The query embedded, or ``None`` and what is to be said of it where the embedder fails.
+
+    :raises ConfigError: if the embedder cannot be used at all, as when its package is missing.
+    """
+    try:
+        if isinstance(embedder, TokenEmbedder):
+            return embedder.embed_query_by_token(query), ""
+        vector = embedder.embed_query(query)
+        return TokenQuery(vector, vector[:0].reshape(0, 1), ()), ""
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a foreign model raises: words still find
+        note = FAILED.format(failure_of(error))
+        log.warning(note)
+        return None, note
 
 
 def _reads(embedder: Embedder, query: str) -> bool:
     return not isinstance(embedder, TokenEmbedder) or embedder.reads(query)
 
 
-def _kind_of_weights(embedder: Embedder, query: str, asked: TokenQuery) -> str:
-    if not _reads(embedder, query):
+def _kind_of_weights(embedder: Embedder, query: str, asked: TokenQuery | None) -> str:
+    if asked is None or not _reads(embedder, query):
         return "lexical_only"
     return "with_tokens" if len(asked.tokens) else "without_tokens"
 

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TypeVar
 
 from memory_os.ask import reply_to
-from memory_os.derive import BATCH, catch_up
+from memory_os.derive import BATCH, catch_up, deferrable
 from memory_os.errors import ConfigError, InvalidInputError, LLMError
 from memory_os.ingest import check_text
 from memory_os.lexical import language_of
@@ -122,7 +122,8 @@ class Summarizer:
                 self.notes.append(f"level {len(levels)} is hardly shorter than the one below it; stopped there")
                 break
         # few, or else the backlog's: as many as a change of embedder leaves are not made while somebody waits
-        catch_up(self.store, self.embedder, self.namespace, limit=BATCH)
+        with deferrable():
+            catch_up(self.store, self.embedder, self.namespace, limit=BATCH)
         text = "\n\n".join(segment.text for segment in levels[-1])
         return Summary(text, tuple(map(tuple, levels)), complete, tuple(self.notes), self.calls, self.found)
 

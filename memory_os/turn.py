@@ -36,6 +36,7 @@ from memory_os.protocols import (
     FlashController,
     ItemStore,
     RecordStore,
+    State,
     SummarizingController,
     TokenCounter,
     VectorIndex,
@@ -125,12 +126,26 @@ class Parts:
 
         :param most: what is few.
         """
-        n_missing = self.store.count_pending(namespace, self.embedder.fingerprint)
+        state = self.store.state(namespace, self.embedder.fingerprint)
+        if self.contested(namespace, state):  # each would make anew what the other made, with every search
+            listed = self.store.pending(namespace, self.embedder.fingerprint, most + len(new), stale=False)
+            embed(self.store, self.embedder, namespace, listed)
+            return
+        n_missing = state.n_pending
         if self.vectors and (n_missing > most + len(new) or self.vectors.busy(namespace)):
             embed(self.store, self.embedder, namespace, new)
             self.vectors.resume(namespace)
         elif n_missing:
             catch_up(self.store, self.embedder, namespace)
+            self.contested(namespace, self.store.state(namespace, self.embedder.fingerprint))
+
+    def contested(self, namespace: Namespace, state: State) -> bool:
+        """Whether another memory made vectors anew by its own embedder after this one had made them all by this one."""
+        if self.vectors is None:
+            return False
+        if state.n_segments and not state.n_stale:
+            self.vectors.settled.add(namespace)
+        return bool(state.n_stale) and namespace in self.vectors.settled
 
     @property
     def recall(self) -> Recall:

@@ -17,6 +17,7 @@ from memory_os.errors import CapabilityError, LLMError
 from memory_os.fence import inert
 from memory_os.pack import date_line, render_line, render_lines
 from memory_os.protocols import LLM, State
+from memory_os.recall import FAILED
 from memory_os.scoring import Scorer
 from memory_os.types import Candidate, Certainty, Form, LLMCall, Message, Namespace, Segment
 from memory_os.windows import windows
@@ -123,8 +124,11 @@ class View:
         if not texts:
             return []
         embedder = self.parts.embedder
-        cosines: list[float] = (embedder.embed_documents(texts) @ embedder.embed_query(self.query)).tolist()
-        return cosines
+        with deferrable() as failures:
+            cosines: list[float] = (embedder.embed_documents(texts) @ embedder.embed_query(self.query)).tolist()
+            return cosines
+        self._note(FAILED.format(failures[0]))
+        return [0.0] * len(texts)
 
     def _recalled(self, query: str, k: int) -> list[Candidate]:
         self.clock.lap("decide")
@@ -137,7 +141,7 @@ class View:
             per_token=True,
             state=self._ready(),
         )
-        self.notes += [note for note in recalled.notes if note not in self.notes]
+        self._note(*recalled.notes)
         in_flash = {segment.id for segment in self.flash}
         found, echoes = (
             [
@@ -159,19 +163,27 @@ class View:
         archive = read_archive(
             self.parts.recall, self.namespace, self.query, upto=self.upto, flash=flash, state=self._ready()
         )
+        self._note(archive.note)
         self.clock.lap("recall")
         return archive
+
+    def _note(self, *notes: str) -> None:
+        self.notes += [note for note in notes if note and note not in self.notes]
 
     def _ready(self) -> State:
         """The namespace's state, once the vectors that were pending are made if they are few."""
         parts = self.parts
         if self._state.n_pending and not self._caught_up:
             self._caught_up = True  # the same for all that this query asks
-            with deferrable():  # a full or read-only disk can still be searched
+            with deferrable() as failures:  # what there is can still be searched
                 parts.catch_up(self.namespace)
             self._state = parts.store.state(self.namespace, parts.embedder.fingerprint)
-            if self._state.n_pending:
-                self.notes.append(_lacking(self._state.n_pending, parts.vectors.failure if parts.vectors else ""))
+            if parts.contested(self.namespace, self._state):
+                self.notes.append(CONTESTED.format(self._state.n_stale))
+            elif self._state.n_pending:
+                self.notes.append(
+                    _lacking(self._state.n_pending, [*failures, parts.vectors.failure if parts.vectors else ""][0])
+                )
         return self._state
 
     def offer(
@@ -318,9 +330,15 @@ def _without_echoes(segments: Iterable[Segment]) -> Iterator[Segment]:
         ids.add(segment.id)
 
 
+CONTESTED = (
+    "{} segments have vectors by another embedder, with which this store is in use at the same time: they were "
+    "searched by their words only; open it with one embedder everywhere"
+)
+
+
 def _lacking(n: int, failure: str) -> str:
     """What is to be said of segments without a vector."""
-    why = f"the embedder failed ({failure}) and is tried again" if failure else "they are being made in the background"
+    why = f"making them failed ({failure}) and is tried again" if failure else "they are being made in the background"
     return (
         f"{n} segments have no vector of this embedder yet and were searched by their words only; {why}; "
         "all at once: memos doctor --repair"

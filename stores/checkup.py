@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from sqlalchemy import select
 
 from memory_os.errors import StoreError
 from memory_os.lexical import terms_of
-from memory_os.stores import fulltext
+from memory_os.stores import fulltext, scrub
 from memory_os.stores.database import Database
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, vectors
@@ -48,20 +49,36 @@ FAULTS = {
         (SELECT 1 FROM items i WHERE i.pk = t.item_pk AND i.namespace_id = t.namespace_id) ORDER BY t.pk""",
 }
 
+RECORDS = """
+    SELECT 'segments ' || pk || ': metadata is no JSON' FROM segments WHERE NOT json_valid(metadata) UNION ALL
+    SELECT 'segments ' || pk || ': created_at is no time' FROM segments WHERE datetime(created_at) IS NULL UNION ALL
+    SELECT 'segments ' || pk || ': unknown role' FROM segments
+        WHERE role NOT IN ('user', 'assistant', 'system', 'tool') UNION ALL
+    SELECT 'segments ' || pk || ': unknown kind' FROM segments
+        WHERE kind NOT IN ('turn', 'document', 'note', 'summary') UNION ALL
+    SELECT 'namespaces ' || id || ': labels are no JSON list' FROM namespaces
+        WHERE NOT json_valid(labels) OR json_type(CASE WHEN json_valid(labels) THEN labels END) != 'array' UNION ALL
+    SELECT 'items ' || pk || ': value is no JSON' FROM items WHERE NOT json_valid(value) UNION ALL
+    SELECT 'items ' || pk || ': path is no JSON' FROM items WHERE NOT json_valid(path) UNION ALL
+    SELECT 'items ' || pk || ': updated_at is no time' FROM items WHERE datetime(updated_at) IS NULL""" + "".join(
+    f""" UNION ALL SELECT '{table} ' || {key} || ': its namespace is not there' FROM {table} t
+        WHERE NOT EXISTS (SELECT 1 FROM namespaces n WHERE n.id = t.namespace_id)"""
+    for table, key in (("segments", "pk"), ("items", "pk"), ("traces", "id"))
+)
+
 
 def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
     """Faults of the whole store by kind, each with the rows concerned.
 
-    The kinds of ``FAULTS``; ``lexical_index`` where entries and their index differ; ``damage`` for what only a backup
-    mends.
+    The kinds of ``FAULTS``; ``lexical_index`` where entries and their index differ; ``unfinished`` where what was
+    forgotten may still stand in the files; ``records`` that cannot be read and ``damage``, which only a backup mends.
 
     :raises StoreError: if the store cannot be written, which this check needs.
     """
     with database.read() as connection:
-        faults = {
-            kind: [str(value) for value in connection.execute(sa.text(query), {"f": fingerprint}).scalars()]
-            for kind, query in FAULTS.items()
-        }
+        faults = _linked(connection, fingerprint)
+        faults["records"] = list(connection.exec_driver_sql(RECORDS).scalars())
+        faults["unfinished"] = ["the files are still to be scrubbed"] if scrub.due(connection) else []
         lines = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
         faults["damage"] = [] if lines == ["ok"] else [str(line) for line in lines]
     try:
@@ -75,9 +92,19 @@ def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
     return faults
 
 
-def mend(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
+def _linked(connection: sa.Connection, fingerprint: str) -> dict[str, list[str]]:
+    return {
+        kind: [str(value) for value in connection.execute(sa.text(query), {"f": fingerprint}).scalars()]
+        for kind, query in FAULTS.items()
+    }
+
+
+def mend(database: Database, found: Mapping[str, Sequence[str]], fingerprint: str) -> None:
     """Mend what can be mended from the segments; vectors to be made are left pending."""
+    if found["unfinished"]:
+        database.scrub_what_is_due()
     with database.write() as connection:
+        faults = {**found, **_linked(connection, fingerprint)}  # as it is under the lock: others may be mending too
         for pk in faults["orphan_item_texts"]:
             connection.execute(item_texts.delete().where(item_texts.c.pk == int(pk)))
         for pk in faults["orphan_vectors"]:
@@ -110,7 +137,14 @@ DEEP = {
         FROM segments) WHERE seq <= before UNION
         SELECT s.pk FROM segments s JOIN namespaces n ON n.id = s.namespace_id WHERE s.seq > n.last_seq ORDER BY 1""",
     "wrong_vectors": """
-        SELECT segment_pk FROM vectors WHERE fingerprint = :f AND length(vector) != 4 * :d ORDER BY 1""",
+        SELECT segment_pk FROM vectors WHERE fingerprint = :f AND (length(vector) != 4 * :d
+        OR (:t > 0 AND (tokens IS NULL OR length(tokens) % :t != 0))) ORDER BY 1""",
+    "wrong_item_vectors": """
+        SELECT pk FROM item_texts WHERE fingerprint = :f AND length(vector) != 4 * :d ORDER BY 1""",
+    "trace_columns": """
+        SELECT id FROM traces WHERE json_valid(body) AND json_type(body, '$.query_id') IS NOT NULL
+        AND (query_id IS NOT json_extract(body, '$.query_id') OR reply_id IS NOT json_extract(body, '$.reply_id'))
+        ORDER BY 1""",
     "foreign_rows": " UNION ALL ".join(
         f"""SELECT '{table} ' || t.segment_pk FROM {table} t JOIN segments s ON s.pk = t.segment_pk
         WHERE t.namespace_id != s.namespace_id"""
@@ -120,6 +154,9 @@ DEEP = {
         SELECT s.pk FROM segments s JOIN json_each(s.metadata, '$.of') o WHERE s.kind = 'summary' AND NOT EXISTS
         (SELECT 1 FROM segments t WHERE t.namespace_id = s.namespace_id AND t.id = o.value) GROUP BY s.pk""",
 }
+TRACE_COLUMNS = """
+    UPDATE traces SET query_id = json_extract(body, '$.query_id'), reply_id = json_extract(body, '$.reply_id')
+    WHERE json_valid(body)"""
 DERIVED = ("activations", "bank", "item_texts", "pending", "scores", "summaries", "vectors")
 Progress = Callable[[str, int, int], None]
 
@@ -128,10 +165,11 @@ def find_deep_faults(
     database: Database,
     fingerprint: str,
     dimension: int,
+    token_dimension: int,
     read_trace: Callable[[dict[str, Any]], Trace],
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
-    """What ``find_faults`` does not look at, by kind, each with the rows concerned. Read-only.
+    """What ``find_faults`` does not look at, by kind, each with the rows concerned; none where records cannot be read.
 
     The kinds of ``DEEP``, ``integrity``, ``foreign_keys``, ``wrong_lexical`` (entries that are not what their segments
     give), ``counters``, ``traces`` (that cannot be read, or name another namespace), ``settings`` of the connection,
@@ -141,7 +179,9 @@ def find_deep_faults(
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
     with database.read() as connection:
-        told = {"f": fingerprint, "d": dimension}
+        if connection.exec_driver_sql(RECORDS).first():
+            return {}
+        told = {"f": fingerprint, "d": dimension, "t": token_dimension}
         found = {
             kind: [str(value) for value in connection.execute(sa.text(query), told).scalars()]
             for kind, query in DEEP.items()
@@ -159,7 +199,7 @@ def find_deep_faults(
         *([] if journal == "wal" else [f"journal_mode is {journal}, not wal"]),
         *([] if synchronous == 2 else [f"synchronous is {synchronous}, not 2 (FULL)"]),
     ]
-    files = sorted(database.path.parent.glob(database.path.name + "*"))
+    files = sorted(database.path.parent.glob(glob.escape(database.path.name) + "*"))
     found["permissions"] = [file.name for file in files if _anybody_writes(file)]
     found["copies"] = [file.name for file in files if ".before-" in file.name]
     return found
@@ -225,6 +265,11 @@ def mend_deep(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
             connection.execute(vectors.delete().where(vectors.c.segment_pk == row.pk))
             listed = {"segment_pk": row.pk, "task": VECTOR_TASK, "namespace_id": row.namespace_id}
             connection.execute(pending.insert().prefix_with("OR IGNORE").values(listed))
+        for pk in faults["wrong_item_vectors"]:
+            unmade = item_texts.update().where(item_texts.c.pk == int(pk))
+            connection.execute(unmade.values(fingerprint=None, vector=None))
+        if faults["trace_columns"]:
+            connection.exec_driver_sql(TRACE_COLUMNS)
         for fault in (*faults["foreign_rows"], *faults["foreign_keys"]):
             table, _, number = fault.partition(" ")
             if table in DERIVED and number.isdigit():

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Collection, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +86,22 @@ class ChromaIndex:
                 f"cannot make the Chroma index {folder}: {error.strerror}; check its permissions"
             ) from error
         self._lock = threading.Lock()
+        self._pid: int | None = os.getpid()
         self._folder = folder
         self._client = self._connected()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """One thread at a time, of the process that opened it, until it is closed."""
+        if self._pid is None:
+            raise StoreError(f"the Chroma index {self._folder} was closed; open the memory again: Memory.open")
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"the Chroma index {self._folder} belongs to the process that opened it, and this one was forked from "
+                "it; close the memory before the fork and open it in one of the two, or use vectors='exact'"
+            )
+        with self._lock:
+            yield
 
     def _connected(self) -> Any:
         import chromadb
@@ -98,7 +113,7 @@ class ChromaIndex:
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` that HNSW finds among segments with ``seq <= upto``."""
-        with self._lock:
+        with self._owned():
             collection = self._synced(namespace)
             if k < 1 or not collection.count():
                 return []
@@ -118,7 +133,7 @@ class ChromaIndex:
         import numpy as np
 
         cosines: dict[str, float] = {}
-        with self._lock:
+        with self._owned():
             collection = self._collection(namespace)
             for start in range(0, len(ids), BATCH):
                 found: Any = collection.get(ids=list(ids[start : start + BATCH]), include=["embeddings"])
@@ -128,12 +143,12 @@ class ChromaIndex:
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the collection holds now."""
-        with self._lock:
+        with self._owned():
             return set(self._collection(namespace).get(include=[])["ids"])
 
     def sync(self, namespace: Namespace) -> None:
         """Add the rows that are new; where rows went away, take out what the rows no longer hold."""
-        with self._lock:
+        with self._owned():
             self._synced(namespace)
 
     def _synced(self, namespace: Namespace) -> Table:
@@ -178,7 +193,7 @@ class ChromaIndex:
         """Delete the collection; the next search rebuilds it."""
         from chromadb.errors import NotFoundError
 
-        with self._lock:
+        with self._owned():
             try:
                 self._client.delete_collection(self._name(namespace))
             except NotFoundError:
@@ -191,7 +206,7 @@ class ChromaIndex:
         """
         from chromadb.errors import ChromaError
 
-        with self._lock:
+        with self._owned():
             try:
                 # one without metadata was never filled to its end: it may be anyone's
                 theirs = None if namespaces is None else {None, *map(_digest, namespaces)}
@@ -217,8 +232,11 @@ class ChromaIndex:
                 shutil.rmtree(place)
 
     def close(self) -> None:
-        """Close Chroma and give the folder back."""
-        with self._lock:
+        """Close Chroma and give the folder back, unless that was done, or is another process's to do."""
+        if self._pid != os.getpid():
+            return
+        with self._owned():
+            self._pid = None
             self._client.close()
             self._owner.release()
 

@@ -7,7 +7,10 @@ copied before it is upgraded (see ``backup``), and the upgrade is one transactio
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
+import threading
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +27,16 @@ __all__ = ["Database"]
 
 BUSY_TIMEOUT_S = 60
 
+CLOSED = "{} was closed; open the memory again: Memory.open"
+FORKED = (
+    "{} was at work in another thread when this process was forked, and SQLite's locks do not live through that: fork "
+    'before threads use a memory, or start processes by "spawn" (multiprocessing.set_start_method)'
+)
+
 log = logging.getLogger(__name__)
+_open: weakref.WeakSet[Database] = weakref.WeakSet()
+_inherited: set[Path] = set()
+"""Files that this process has connections to which its parent opened: whatever it wrote could be lost."""
 
 
 class Database:
@@ -36,6 +48,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path in _inherited:
+            raise StoreError(FORKED.format(path))
         if not path.parent.is_dir():
             raise StoreError(f"cannot open {path}: the folder {path.parent} does not exist; create it first")
         if path.is_dir():
@@ -44,19 +58,29 @@ class Database:
         self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
         event.listen(self.engine, "connect", _on_connect)
         event.listen(self.engine, "begin", _on_begin)
+        self._connections: set[int] = set()
+        event.listen(self.engine, "connect", lambda connection, _: self._connections.add(id(connection)))
+        event.listen(self.engine, "close", lambda connection, _: self._connections.discard(id(connection)))
+        self._snapshot = threading.local()
+        self._closed = False
+        _open.add(self)
         self._writer = self.engine.execution_options(memos_write=True)
         self._unclean = False
         self._inode: files.Inode | None = None
         try:
             self._migrate()
             self._inode = files.hold(path)
-            self._scrub_what_is_due(patience_s=1)
+            self.scrub_what_is_due(patience_s=1)
         except BaseException:
             self._disconnect()
             raise
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        if self._closed:
+            raise StoreError(CLOSED.format(self.path))
+        if self.path in _inherited:
+            raise StoreError(FORKED.format(self.path))
         try:
             yield
         except sa.exc.DBAPIError as error:
@@ -71,8 +95,25 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """One consistent view of the data."""
+        held: sa.Connection | None = getattr(self._snapshot, "connection", None)
+        if held is not None:
+            with self._translated():
+                yield held
+            return
         with self._translated(), self.engine.connect() as connection:
             yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """One consistent view for all that this thread reads meanwhile; writers go on."""
+        with self.read() as connection:
+            connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first()  # the moment is now
+            before = getattr(self._snapshot, "connection", None)
+            self._snapshot.connection = connection
+            try:
+                yield
+            finally:
+                self._snapshot.connection = before
 
     def _migrate(self) -> None:
         found = self._revision()
@@ -122,8 +163,8 @@ class Database:
 
     def size_bytes(self) -> int:
         """Bytes on disk, the write-ahead log included."""
-        files = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
-        return sum(file.stat().st_size for file in files if file.exists())
+        every = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        return sum(file.stat().st_size for file in every if file.exists())
 
     def scrub(
         self,
@@ -144,24 +185,50 @@ class Database:
         self._unclean = not (clean and index_purged)
         return not self._unclean
 
-    def _scrub_what_is_due(self, *, patience_s: float) -> None:
+    def scrub_what_is_due(self, *, patience_s: float = scrub.PATIENCE_S) -> None:
+        """Do what an earlier deletion could not."""
         with self.read() as connection:
             mark = scrub.due(connection)
         if mark:
             self.scrub(None, mark, patience_s=patience_s)
 
     def close(self) -> None:
-        """Close every connection."""
-        self.engine.dispose()
-        if self._unclean:
-            self._scrub_what_is_due(patience_s=0)
-        self._disconnect()
+        """Close every connection; whatever is asked of it from now on raises ``StoreError``."""
+        if self._closed:
+            return
+        try:
+            if self._unclean:
+                self.engine.dispose()  # the log cannot be emptied while a connection of our own reads what was before
+                self.scrub_what_is_due(patience_s=0)
+        finally:
+            self._closed = True
+            self._disconnect()
 
     def _disconnect(self) -> None:
-        self.engine.dispose()
+        _open.discard(self)
+        self.engine.dispose(close=self.path not in _inherited)
         if self._inode is not None:
             files.release(self._inode)
             self._inode = None
+
+
+def _before_fork() -> None:
+    """Locks are a process's: a child would take those of what it inherits for its own, and lose what it writes."""
+    for database in list(_open):
+        database.engine.dispose()  # what is idle; opened again when it is next used
+
+
+def _in_child() -> None:
+    for database in list(_open):
+        if database._connections:  # another thread's: not to be used, nor to be closed
+            _inherited.add(database.path)
+            database._unclean = False
+        database._snapshot = threading.local()
+        database.engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 def _on_connect(connection: sqlite3.Connection, _: object) -> None:

@@ -83,10 +83,9 @@ class ExactIndex:
         return cosines
 
     def ids(self, namespace: Namespace) -> set[str]:
-        """What the matrix holds now."""
+        """What the matrix holds now; what another process forgot since is no part of it."""
         with self._lock:
-            table = self._tables.get(namespace)
-            return set(table.ids) if table else set()
+            return set(self._synced(namespace).ids) if namespace in self._tables else set()
 
     def sync(self, namespace: Namespace) -> None:
         """Read the rows that are new, or all of them where rows went away."""

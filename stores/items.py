@@ -277,6 +277,19 @@ class SqliteItems:
                 [{"row": row, "blob": v.astype("<f4").tobytes()} for row, v in zip(rows, vectors, strict=True)],
             )  # fmt: skip
 
+    def read_vectors(self, namespace: Namespace, fingerprint: str) -> tuple[list[int], list[str], Matrix]:
+        """``(rows, texts, vectors)`` of the texts that have one, in the order of rows."""
+        import numpy as np
+
+        t = item_texts.c
+        with self._database.read() as connection:
+            mine = t.namespace_id == self._locate(connection, namespace), t.fingerprint == fingerprint
+            found = connection.execute(select(t.pk, t.text, t.vector).where(*mine).order_by(t.pk)).all()
+        matrix = np.frombuffer(b"".join(row.vector for row in found), dtype="<f4").reshape(
+            len(found), -1 if found else 0
+        )
+        return [row.pk for row in found], [row.text for row in found], matrix
+
 
 # -- within a transaction, also the record store's -------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from itertools import chain
 from pathlib import Path
@@ -459,13 +460,13 @@ class SqliteStore:
             ns = self._namespace_id(connection, namespace)
             row = connection.exec_driver_sql(STATE, {"ns": ns, "f": fingerprint, "task": VECTOR_TASK}).one_or_none()
             if row is None:
-                return State(0, 0, 0, 0, 0, 0)
+                return State(0, 0, 0, 0, 0, 0, 0)
             *numbers, listed, first, last = row
             stale = 0
             if any(end not in (None, fingerprint) for end in (first, last)):
                 query = select(func.count()).where(vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint)
                 stale = connection.execute(query).scalar_one()
-        return State._make(number or 0 for number in (*numbers, listed + stale))
+        return State._make(number or 0 for number in (*numbers, listed + stale, stale))
 
     def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
         """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
@@ -500,11 +501,14 @@ class SqliteStore:
             for pk, id_, seq, session, by, created_at, n_tokens, ends, replies, metadata in rows
         ]
 
-    def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[Segment]:
-        """Segments whose vector under ``fingerprint`` is still to be made, oldest first."""
+    def pending(
+        self, namespace: Namespace, fingerprint: str, limit: int, *, newest: bool = False, stale: bool = True
+    ) -> list[Segment]:
+        """Segments whose vector under ``fingerprint`` is still to be made, oldest first, or newest first."""
+        order = segments.c.pk.desc() if newest else segments.c.pk
         with self.database.read() as connection:
-            query = self._pending_query(connection, namespace, fingerprint, select(segments))
-            rows = connection.execute(query.order_by(segments.c.pk).limit(limit)).all()
+            query = self._pending_query(connection, namespace, fingerprint, select(segments), stale)
+            rows = connection.execute(query.order_by(order).limit(limit)).all()
         return [to_segment(row, namespace) for row in rows]
 
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
@@ -515,16 +519,14 @@ class SqliteStore:
         return any(end not in (None, fingerprint) for end in connection.execute(select(*_ends(ns))).one())
 
     def _pending_query(
-        self, connection: sa.Connection, namespace: Namespace, fingerprint: str, query: sa.Select[Any]
+        self, connection: sa.Connection, namespace: Namespace, fingerprint: str, query: sa.Select[Any], stale: bool
     ) -> sa.Select[Any]:
         ns = self._namespace_id(connection, namespace)
         listed = select(pending.c.segment_pk).where(pending.c.namespace_id == ns, pending.c.task == VECTOR_TASK)
         todo: sa.ColumnElement[bool] = segments.c.pk.in_(listed)
-        if self._has_stale(connection, ns, fingerprint):
-            stale = select(vectors.c.segment_pk).where(
-                vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint
-            )
-            todo = sa.or_(todo, segments.c.pk.in_(stale))
+        if stale and self._has_stale(connection, ns, fingerprint):
+            theirs = vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint
+            todo = sa.or_(todo, segments.c.pk.in_(select(vectors.c.segment_pk).where(*theirs)))
         return query.where(todo)
 
     def put_vectors(
@@ -534,13 +536,14 @@ class SqliteStore:
         ids: Sequence[str],
         matrix: Matrix,
         tokens: Sequence[bytes] | None = None,
-    ) -> None:
-        """Store vectors and strike the work off; ids that are gone by now are passed over.
+    ) -> int:
+        """Store vectors and strike the work off; ids that are gone by now are passed over. How many are new.
 
         They take the place of another embedder's; one that is there under the same fingerprint stays.
         """
         by_token: Sequence[bytes | None] = tokens or [None] * len(ids)
         rows = zip(ids, matrix, by_token, strict=True)
+        n_new = 0
         blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
@@ -567,9 +570,11 @@ class SqliteStore:
                     for pk, id_ in found
                     if pk not in made
                 ]
+                n_new += len(new)
                 if new:
                     connection.execute(vectors.insert(), new)
                 connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
+        return n_new
 
     # -- summaries and activations -------------------------------------------------------------------------------
 
@@ -717,18 +722,27 @@ class SqliteStore:
     def repair(self, fingerprint: str) -> dict[str, int]:
         """Mend what ``check`` finds; vectors to be made are left on the pending list."""
         faults = self.check(fingerprint)
-        mend(self.database, faults)
+        if not faults["records"]:
+            mend(self.database, faults, fingerprint)
         return {kind: len(found) for kind, found in faults.items()}
 
     def check_deep(
-        self, fingerprint: str, dimension: int, progress: Callable[[str, int, int], None] | None = None
+        self,
+        fingerprint: str,
+        dimension: int,
+        token_dimension: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, list[str]]:
         """What ``check`` does not look at, row by row; see ``checkup.find_deep_faults``."""
-        return find_deep_faults(self.database, fingerprint, dimension, trace_from_dict, progress)
+        return find_deep_faults(self.database, fingerprint, dimension, token_dimension, trace_from_dict, progress)
 
     def repair_deep(self, faults: Mapping[str, Sequence[str]]) -> None:
         """Mend what of these is derived; vectors to be made are left on the pending list."""
         mend_deep(self.database, faults)
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """All that this thread reads meanwhile, items included, is of one moment; writers go on."""
+        return self.database.snapshot()
 
     def close(self) -> None:
         """Release the database."""

@@ -93,9 +93,9 @@ def test_an_interrupted_ingest_is_finished(tmp_path):
         fingerprint, dimension = "hash-64-v1", 64
 
         def embed_documents(self, texts):
-            raise RuntimeError("killed while embedding")
+            raise KeyboardInterrupt
 
-    with Memory.open(tmp_path / "memory.db", embedder=Failing()) as memory, pytest.raises(RuntimeError):
+    with Memory.open(tmp_path / "memory.db", embedder=Failing()) as memory, pytest.raises(KeyboardInterrupt):
         memory.namespace("a").ingest(file)
     with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
         assert len(memory.check()["pending_vectors"]) == BATCH

@@ -226,25 +226,75 @@ def test_two_processes_at_once_do_no_harm(tmp_path):
     assert by_fingerprint(path) == {f"hash-{NEW}-v1": N}
 
 
-@pytest.mark.slow
-def test_two_embedders_on_one_store_come_to_an_end(tmp_path):
-    """Each makes anew what the other made; neither goes on for ever, and both answer rightly meanwhile."""
-    path = tmp_path / "memory.db"
-    with Memory.open(path, embedder=HashEmbedder(OLD)) as one, Memory.open(path, embedder=HashEmbedder(NEW)) as other:
-        fill(one, ("a",), 1000)
-        for _ in range(2):
+class Counting(HashEmbedder):
+    n_embedded = 0
+
+    def embed_documents(self, texts):
+        self.n_embedded += len(texts)
+        return super().embed_documents(texts)
+
+    def embed_query(self, text):
+        return HashEmbedder(self.dimension).embed_query(text)
+
+
+@pytest.mark.parametrize("n", [200, 1000])
+def test_two_embedders_on_one_store_make_vectors_once_and_say_so(tmp_path, n):
+    """Each would make anew what the other made, with every search."""
+    path, former, later = tmp_path / "memory.db", Counting(OLD), Counting(NEW)
+    with Memory.open(path, embedder=former) as one, Memory.open(path, embedder=later) as other:
+        fill(one, ("a",), n)
+        for _ in range(3):
             for memory in (other, one):
-                memory.namespace("a").search("kite")
+                assert memory.namespace("a").search("number 77")[0].segment.text.startswith("kite number 77 ")
                 memory.parts.vectors.join(60)
-                assert memory.pending() == {}
-                hits = memory.namespace("a").nearest("kite number 7", k=1000)
-                assert len(hits) == len({hit.segment.id for hit in hits}) == 1000
-        threads = [memory.parts.vectors for memory in (one, other)]
-        one.namespace("a").search("kite"), other.namespace("a").search("kite")
-        for thread in threads:
-            thread.join(60)
-            assert not thread.busy(("a",))
-    assert sum(by_fingerprint(path).values()) == 1000
+        assert (former.n_embedded, later.n_embedded) == (n, n)
+        assert [note for note in other.namespace("a").context("kite").trace.notes if "another embedder" in note] == []
+        [note] = [note for note in one.namespace("a").context("kite").trace.notes if "another embedder" in note]
+        assert note.startswith(f"{n} segments have vectors by another embedder")
+        new = one.namespace("a").add("a boat called Zephyr")  # has its vector, by who adds it
+        assert [hit.segment for hit in one.namespace("a").nearest("a boat called Zephyr")] == [new]
+        [listed] = one.namespace("a").add_many([NewSegment("a ship called Boreas", "s")], embed=False)
+        one.namespace("a").search("ship")
+        assert {hit.segment.id for hit in one.namespace("a").nearest("a ship")} == {new.id, listed.id}
+        one.repair()  # asked for, it makes all of them
+        assert one.pending() == {}
+
+
+TWICE = """
+import sys, time
+from memory_os import Memory
+from memory_os.adapters.scripted import HashEmbedder
+
+class Slow(HashEmbedder):
+    n_embedded = 0
+    def embed_documents(self, texts):
+        time.sleep(0.05)
+        Slow.n_embedded += len(texts)
+        return super().embed_documents(texts)
+
+with Memory.open(sys.argv[1], embedder=Slow(96)) as memory:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    memory.namespace("a").search("kite")
+    memory.parts.vectors.join()
+    print(Slow.n_embedded)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path):
+    path = tmp_path / "memory.db"
+    with Memory.open(path, embedder=HashEmbedder(OLD)) as memory:
+        fill(memory, ("a",), N)
+    command = [sys.executable, "-c", TWICE, str(path)]
+    both = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    made = [int(process.communicate(timeout=120)[0]) for process in both]
+    assert N <= sum(made) <= N + 6 * STEP  # what both took up at once, at the start and where they met
+    assert by_fingerprint(path) == {f"hash-{NEW}-v1": N}
 
 
 def test_an_embedder_that_fails_is_noted_and_tried_again_and_no_search_fails(tmp_path, caplog):
@@ -261,7 +311,7 @@ def test_an_embedder_that_fails_is_noted_and_tried_again_and_no_search_fails(tmp
         assert (embedder.batches, embedder.failures) == ([], 0)  # once, and not again and again
         assert "the embedder is away" in caplog.text
         [note] = notes(memory)  # tells of it, and tries again
-        assert "the embedder failed (ConnectionError: the embedder is away)" in note
+        assert "making them failed (ConnectionError: the embedder is away)" in note
         memory.parts.vectors.join()
         assert memory.pending() == {}
         assert notes(memory) == []
