@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -469,19 +470,16 @@ class Scope:
     def _read(
         self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
+        read = partial(read_segments, format=format, pick=pick, redact=self._parts.store.redacted)
         if isinstance(source, str | Path):
             path = Path(source).expanduser().absolute()
             with open_file(source) as stream:
-                label = name or str(path)
                 session = self.session_name or path.stem
-                yield from with_keys(
-                    read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
-                )
+                yield from with_keys(read(stream, name=str(source), session=session), name or str(path))
             return
         label = name or "-"
-        session = self.session_name or DEFAULT_SESSION
         source.seek(0)
-        yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
+        yield from with_keys(read(source, name=label, session=self.session_name or DEFAULT_SESSION), label)
 
     def forget(
         self,

@@ -57,9 +57,13 @@ _NAMED = (
 # (kind, pattern); of a group "secret" alone that is replaced. The order counts: the more certain first.
 _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
-        "private-key",  # one that was cut off is a secret as well
+        "private-key",  # one that was cut off is a secret as well, as far as there is what looks like lines of it
         re.compile(
-            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
+            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+            r"(?:(?:(?!-----BEGIN ).){0,32000}?-----END [A-Z0-9 ]*-----"
+            r"|(?:[\s\\>|\"',#*]*(?:[A-Za-z-]{4,20}: [^\n]{0,200}\n|[A-Za-z0-9+/=]{16,}))*+"
+            r"(?:[\s\\]+[A-Za-z0-9+/=]+\s*\Z)?)",
+            re.DOTALL,
         ),
     ),
     *((kind, re.compile(rf"(?<![A-Za-z0-9])(?:{token})(?![A-Za-z0-9])")) for kind, token in _TOKENS.items()),

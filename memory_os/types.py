@@ -114,7 +114,7 @@ class Segment:
     :param id: UUIDv7, as text.
     :param seq: strictly increasing in the namespace; chronological order everywhere.
     :param created_at: event time, UTC.
-    :param offset: character span in the source, for parts of documents.
+    :param offset: character span in the source, for parts of documents; in what redaction left of it, where it is on.
     :param n_tokens: length in cl100k_base tokens, for statistics only; budgets are counted in the target model's own.
     """
 

@@ -1,5 +1,6 @@
 """With ``redact``, no secret reaches a byte of the store, a trace, a log or an export, by whatever way it comes in."""
 
+import hashlib
 import json
 import logging
 
@@ -111,6 +112,43 @@ def test_without_redaction_every_one_of_them_is_there(tmp_path):
     """The scan above can find something."""
     run(tmp_path / "plain")
     assert found_in(bytes_of(tmp_path / "plain")) == list(SECRETS)
+
+
+KEY_LINES = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(25)]
+LONG_PEM = "\n".join(["-----BEGIN RSA PRIVATE " + "KEY-----", *KEY_LINES, "-----END RSA PRIVATE " + "KEY-----"])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.md", "chat.jsonl"])
+def test_a_secret_that_is_longer_than_a_passage_or_stands_where_it_is_cut_is_redacted_whole(tmp_path, name):
+    text = f"# Keys\n\nBefore.\n\n{LONG_PEM}\n\nAfter.\n\n{'x' * 780} {BARE[5]} {'y' * 900}\n"
+    file = tmp_path / name
+    file.write_text(json.dumps({"content": text}) if name == "chat.jsonl" else text)
+    with Memory.open(tmp_path / "m.db", embedder="hash", redact=True) as memory:
+        alice = memory.namespace("alice")
+        stored, _ = alice.ingest(file)
+        assert alice.ingest(file) == (0, stored)
+        assert memory.scan_for(*KEY_LINES, *KEY_LINES[1::2], BARE[5][:30], BARE[5][-30:]) == {}
+        kept = alice.history(99)
+    whole = secrets(text)
+    assert [s.text for s in kept if s.offset] == [whole[slice(*s.offset)] for s in kept if s.offset]
+    for words in ("Before.", "After.", "[REDACTED:private-key]", "[REDACTED:github-token]"):
+        assert words in "".join(s.text for s in kept)
+
+
+def test_a_function_of_ones_own_sees_a_document_before_it_is_cut(tmp_path):
+    (tmp_path / "notes.txt").write_text("x" * 795 + "Zanzibar and more")
+    own = {"redact": lambda text: text.replace("Zanzibar", "[place]")}
+    with Memory.open(tmp_path / "m.db", embedder="hash", **own) as memory:
+        memory.namespace("alice").ingest(tmp_path / "notes.txt")
+        assert "".join(s.text for s in memory.namespace("alice").history()) == "x" * 795 + "[place] and more"
+
+
+def test_a_key_that_was_cut_off_takes_no_prose_along():
+    head = "\n".join(LONG_PEM.splitlines()[:4])
+    assert secrets(f"{head}\nabc") == "[REDACTED:private-key]"
+    assert secrets(f"{head}\n\nThen we went home.") == "[REDACTED:private-key]\n\nThen we went home."
+    told = f"It begins with {head.splitlines()[0]} and then come lines. {'And so on. ' * 9}"
+    assert secrets(told).endswith(" and then come lines. " + "And so on. " * 9)
 
 
 def test_a_secret_that_is_streamed_in_pieces_is_redacted_whole(tmp_path):
