@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memory_os.cli import render
-from memory_os.cli.common import Embedder, Json, Namespace, Store, Vectors, opened
+from memory_os.cli.common import Embedder, Json, Namespace, Store, Vectors, old_history, opened
 
 if TYPE_CHECKING:
     from memory_os.types import Segment
@@ -139,6 +139,11 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> 
     if counts["segments"] and copies and not preview:
         names = ", ".join(copy.name for copy in copies)
         talk.print(render.plain(f"Copies from before an upgrade are as they were; delete them: {names}", "yellow"))
+    if counts["segments"] and not preview and (old := old_history()):
+        talk.print(
+            render.plain(f"What was typed in memos chat before is as it was; delete it: {old}", "yellow"),
+            soft_wrap=True,
+        )
 
 
 def _going(counts: Mapping[str, int]) -> str:
