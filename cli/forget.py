@@ -59,6 +59,7 @@ def forget(
     }  # fmt: skip
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
     with opened(flags) as (_, scope, settings):
+        scope = scope.whole()  # the setting session says where to write, not what to forget
         going = scope.would_forget(*refs or (), **chosen)
         counts = scope.forget(*refs or (), **chosen, preview=True)
         if not json and not everything and (preview or not yes):
@@ -69,10 +70,10 @@ def forget(
                 if not sys.stdin.isatty():
                     raise typer.BadParameter(f"this would forget {what}; say --yes to do it unasked")
                 typer.confirm(f"Forget {what} of {settings.namespace} for good?", abort=True, err=True)
-            if query is not None:  # exactly what was shown, whatever search would find now
-                refs, chosen = [segment.id for segment in going], {}
-            if refs or chosen:
-                counts = scope.forget(*refs or (), **chosen, verify=verify)
+            if everything:
+                counts = scope.forget(everything=True, verify=verify)
+            elif there := scope.lookup(segment.id for segment in going):  # what was shown, and nothing said since
+                counts = scope.forget(*(segment.seq for segment in there.values()), verify=verify)
     if json and preview:
         shown = [{"seq": each.seq, "id": each.id, "text": each.text} for each in going]
         render.print_json({**counts, "going": shown})

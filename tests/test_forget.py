@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -585,6 +586,60 @@ def test_the_command_shows_what_would_go_and_forgets_exactly_that(memos, tmp_pat
     assert json.loads(memos("import", tmp_path / "out.jsonl", "--restore", "--json")[1])["stored"] == 1
     assert json.loads(memos("ingest", file, "--restore", "--json")[1])["stored"] == 1
     assert memos("forget", "--query", "nothing", "-k", 1, "--yes", "-n", "empty")[1] == "Forgot 0 segments.\n"
+
+
+WAYS = [
+    (["1"], 1),
+    (["--whole-session", "home"], 2),
+    (["--before", "2100-01-01"], 2),
+    (["--query", "boat", "-k", "2"], 2),
+    (["--everything"], 3),
+]
+
+
+@pytest.mark.parametrize(("way", "n_gone"), WAYS)
+def test_what_comes_while_the_command_asks_is_not_forgotten_but_with_everything(
+    memos, tmp_path, monkeypatch, way, n_gone
+):
+    with opened(tmp_path / "m.db") as memory:
+        for text in ("The boat is blue.", "A boat sails."):
+            memory.namespace("default").session("home").add(text)
+
+    def answer(*_, **__):  # another process meanwhile
+        with opened(tmp_path / "m.db") as memory:
+            memory.namespace("default").session("home").add("boat boat boat")
+        return True
+
+    monkeypatch.setattr(typer, "confirm", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert memos("forget", *way)[:2] == (0, f"Forgot {n_gone} segment{'s' if n_gone > 1 else ''}.\n")
+    with opened(tmp_path / "m.db") as memory:
+        left = texts(memory, "default")
+    assert len(left) == 3 - n_gone
+    assert ("boat boat boat" in left) is (n_gone < 3)
+
+
+def test_what_another_forgets_meanwhile_is_no_error(memos, tmp_path, monkeypatch):
+    with opened(tmp_path / "m.db") as memory:
+        memory.namespace("default").add_many([NewSegment("one", "s"), NewSegment("two", "s")])
+
+    def answer(*_, **__):
+        with opened(tmp_path / "m.db") as memory:
+            memory.namespace("default").forget(1)
+
+    monkeypatch.setattr(typer, "confirm", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert memos("forget", "--whole-session", "s")[:2] == (0, "Forgot 1 segment.\n")
+
+
+def test_by_time_is_of_the_namespace_whatever_session_is_set(memos, tmp_path, monkeypatch):
+    with opened(tmp_path / "m.db") as memory:
+        for session in ("work", "home"):
+            memory.namespace("default").session(session).add(session, created_at="2020-01-01")
+    monkeypatch.setenv("MEMOS_SESSION", "work")
+    assert memos("forget", "--before", "2021-01-01", "--preview")[1] == "Would forget 2 segments.\n"
+    assert memos("forget", "--before", "2021-01-01", "--whole-session", "home", "--yes")[1] == "Forgot 1 segment.\n"
+    assert memos("forget", "--before", "2021-01-01", "--yes")[1] == "Forgot 1 segment.\n"
 
 
 def test_retention_by_command_and_by_setting(memos, tmp_path, monkeypatch):
