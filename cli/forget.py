@@ -96,7 +96,8 @@ def retain(
 ) -> None:
     """Forget what is older than so many days, by the time when it was said. Does not ask; see --preview.
 
-    With the setting retention_days, every command that stores something does so by itself, in every namespace.
+    With the setting retention_days, every command that stores something does so by itself, in every namespace, and
+    stores nothing that is older. What went by age comes back when it is stored again without the setting.
 
     Example: memos retain --days 90 --preview
 

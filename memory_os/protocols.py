@@ -480,7 +480,14 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
 
     def delete(
-        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
+        self,
+        namespace: Namespace,
+        ids: Sequence[str],
+        *,
+        items: bool = False,
+        preview: bool = False,
+        bury: bool = True,
+        patience_s: float = 5,
     ) -> dict[str, int]:
         """Delete segments and the summaries of them for good, with all that is derived from either; counts by place.
 
@@ -490,6 +497,8 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
         :param items: also every item of the namespace, in the same transaction.
         :param preview: only count.
+        :param bury: leave tombstones; otherwise what is stored again, comes back.
+        :param patience_s: so long, at most, other processes that read are waited for.
         """
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:

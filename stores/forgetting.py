@@ -38,10 +38,13 @@ class Removal(NamedTuple):
     gone: set[bytes] | None
 
 
-def forget(connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False) -> Removal:
+def forget(
+    connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, bury: bool = True, preview: bool = False
+) -> Removal:
     """Delete segments for good, and the summaries of them, with all that was derived from either.
 
     :param bank: the folder of the bank's files, which are deleted at once.
+    :param bury: leave tombstones, so that they are not stored again.
     :param preview: the transaction will be undone: no file is deleted.
     """
     going = digest.with_summaries(connection, ns, ids)
@@ -54,7 +57,7 @@ def forget(connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *
     terms = fulltext.read(connection, ns, [row.pk for row in rows]) if gone is not None else {}
     counts = remove(connection, bank, ns, going, preview=preview)
     counts["traces_blanked"] = _blank_traces(connection, ns, set(names.ids), gone)
-    counts["tombstones"] = tombstones.bury(connection, ns, names)
+    counts["tombstones"] = tombstones.bury(connection, ns, names) if bury else 0
     if counts["segments"] and not preview:
         fulltext.compact(connection)
         if gone is not None:

@@ -323,7 +323,14 @@ class SqliteStore:
             return list(connection.execute(query.order_by(segments.c.seq)).scalars())
 
     def delete(
-        self, namespace: Namespace, ids: Sequence[str], *, items: bool = False, preview: bool = False
+        self,
+        namespace: Namespace,
+        ids: Sequence[str],
+        *,
+        items: bool = False,
+        preview: bool = False,
+        bury: bool = True,
+        patience_s: float = scrub.PATIENCE_S,
     ) -> dict[str, int]:
         """Delete segments and the summaries of them for good, with all that was derived from either; counts by place.
 
@@ -332,18 +339,21 @@ class SqliteStore:
 
         :param items: also every item of the namespace, in the same transaction.
         :param preview: only count.
+        :param bury: leave tombstones.
+        :param patience_s: so long, at most, others that read are waited for.
         """
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             bank_folder = manifest.bank_folder(self.path)
-            counts, gone = forgetting.forget(connection, bank_folder, ns, ids, preview=preview)
+            counts, gone = forgetting.forget(connection, bank_folder, ns, ids, bury=bury, preview=preview)
             counts["items"] = item_rows.forget(connection, ns, datetime.now(UTC)) if items else 0
             deleted = bool(counts["segments"] or counts["items"]) and not preview
             if deleted:
                 scrub.mark(connection)
             else:
                 connection.rollback()
-        counts["unfinished"] = int(deleted and not self.database.scrub(None if items else gone))
+        gone = None if items else gone
+        counts["unfinished"] = int(deleted and not self.database.scrub(gone, patience_s=patience_s))
         return counts
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
