@@ -57,48 +57,55 @@ _NAMED = (
     r"(?:password|passwd|passphrase|pwd|secret[_-]?(?:access[_-]?)?key|[_-]secret|secret(?==)|api[_-]?key|access[_-]?key|"
     r"private[_-]?key|(?:auth|access|refresh|session)[_-]?token|密码|密碼|口令)"
 )
-# where a word may begin: also behind what JSON (\n) and URLs (%3D) make of the character before it
-_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=%[0-9A-Fa-f]{2})|(?<=\\u[0-9A-Fa-f]{4}))"
-# (kind, pattern); of a group "secret" alone that is replaced. The order counts: the more certain first.
-_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "private-key",  # one that was cut off is a secret as well, as far as there is what looks like lines of it
-        re.compile(
-            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:(?:(?!-----BEGIN ).){0,32000}?-----END [A-Z0-9 ]*-----"
-            r"|(?:[\s\\>|\"',#*]*(?:[A-Za-z-]{4,20}: [^\n]{0,200}\n|[A-Za-z0-9+/=]{16,}))*+"
-            r"(?:[\s\\]+[A-Za-z0-9+/=]+\s*\Z)?)",
-            re.DOTALL,
+_START = r"(?<![A-Za-z0-9])"
+# where a word begins in what JSON (\n) and URLs (%3D) make of text; slower
+_START_ESCAPED = rf"(?:{_START}|\\(?:[nrtbf]|u[0-9A-Fa-f]{{4}})|%[0-9A-Fa-f]{{2}})"
+
+
+@cache
+def _patterns(start: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """``(kind, pattern)``; of a group "secret" alone that is replaced. The order counts: the more certain first."""
+    return (
+        (
+            "private-key",  # one that was cut off is a secret as well, as far as there is what looks like lines of it
+            re.compile(
+                r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+                r"(?:(?:(?!-----BEGIN ).){0,32000}?-----END [A-Z0-9 ]*-----"
+                r"|(?:[\s\\>|\"',#*]*(?:[A-Za-z-]{4,20}: [^\n]{0,200}\n|[A-Za-z0-9+/=]{16,}))*+"
+                r"(?:[\s\\]+[A-Za-z0-9+/=]+\s*\Z)?)",
+                re.DOTALL,
+            ),
         ),
-    ),
-    *((kind, re.compile(rf"{_START}(?:{token})(?![A-Za-z0-9])")) for kind, token in _TOKENS.items()),
-    (
-        "url-password",
-        re.compile(
-            rf"{_START}[A-Za-z][A-Za-z0-9+.-]{{1,20}}://[^\s:/@?#'\"]{{0,256}}:"
-            r"(?P<secret>[^\s/@'\"]{1,512}(?:@[^\s/@?#:'\"]{0,64}(?:/[^\s@?#:'\"]{0,64})?(?=@))?)(?=@)"
+        *((kind, re.compile(rf"{start}(?P<secret>{token})(?![A-Za-z0-9])")) for kind, token in _TOKENS.items()),
+        (
+            "url-password",
+            re.compile(
+                rf"{start}[A-Za-z][A-Za-z0-9+.-]{{1,20}}://[^\s:/@?#'\"]{{0,256}}:"
+                r"(?P<secret>[^\s/@'\"]{1,512}(?:@[^\s/@?#:'\"]{0,64}(?:/[^\s@?#:'\"]{0,64})?(?=@))?)(?=@)"
+            ),
         ),
-    ),
-    (
-        "authorization",
-        re.compile(
-            rf"{_START}(?:proxy-)?authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
-            r"(?P<secret>[A-Za-z0-9._~+/=:-]{8,})",
-            re.IGNORECASE,
+        (
+            "authorization",
+            re.compile(
+                rf"{start}(?:proxy-)?authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
+                r"(?P<secret>[A-Za-z0-9._~+/=:-]{8,})",
+                re.IGNORECASE,
+            ),
         ),
-    ),
-    ("bearer-token", re.compile(rf"{_START}bearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{{20,}})", re.IGNORECASE)),
-    (
-        "password",
-        re.compile(
-            rf"{_NAMED}\\?[\"']?\s{{0,4}}(?:=>|[:=：＝])\s{{0,4}}(?P<quote>\\?[\"'])?(?!\[REDACTED:|(?:none|null|true|false)(?![\w])|(?:os|self|process)\.)"
-            # in quotes: over lines where the quotes are closed soon, else to the end of the line
-            r"(?P<secret>(?(quote)(?:(?:(?!(?P=quote))(?:\\.|[^\\])){1,256}(?=(?P=quote))"
-            r"|(?:(?!(?P=quote))(?:\\.|[^\\\n]))+)|[^\s,;&\"'<>)\]}]{4,}))",
-            re.IGNORECASE | re.DOTALL,
+        ("bearer-token", re.compile(rf"{start}bearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{{20,}})", re.IGNORECASE)),
+        (
+            "password",
+            re.compile(
+                rf"{_NAMED}\\?[\"']?\s{{0,4}}(?:=>|[:=：＝])\s{{0,4}}(?P<quote>\\?[\"'])?(?!\[REDACTED:|(?:none|null|true|false)(?![\w])|(?:os|self|process)\.)"
+                # in quotes: over lines where the quotes are closed soon, else to the end of the line
+                r"(?P<secret>(?(quote)(?:(?:(?!(?P=quote))(?:\\.|[^\\])){1,256}(?=(?P=quote))"
+                r"|(?:(?!(?P=quote))(?:\\.|[^\\\n]))+)|[^\s,;&\"'<>)\]}]{4,}))",
+                re.IGNORECASE | re.DOTALL,
+            ),
         ),
-    ),
-)
+    )
+
+
 # a look-ahead: what is no card must not hide one that begins within it
 _CARD = re.compile(
     r"(?<![A-Za-z0-9_.])(?=(?P<number>\d{13,19}|\d{4}([ -])\d{4}\2\d{4}\2\d{1,4}(?P<more>\2\d{3})?"
@@ -125,7 +132,8 @@ def secrets(text: str) -> str:
     >>> secrets("export OPENAI_API_KEY=sk-abcdefghijklmnopqrstuvwx, then call 4111 1111 1111 1111")
     'export OPENAI_API_KEY=[REDACTED:openai-key], then call [REDACTED:card]'
     """
-    for kind, pattern in _PATTERNS:
+    escaped = "\\" in text or "%" in text
+    for kind, pattern in _patterns(_START_ESCAPED if escaped else _START):
         text = pattern.sub(lambda match, kind=kind: _replaced(match, kind), text)  # type: ignore[misc]
     return _without_cards(text)
 
