@@ -18,7 +18,7 @@ from memory_os.items import Items
 from memory_os.limits import check_count, check_name, checked_metadata, checked_segment, open_file
 from memory_os.protocols import ItemChange
 from memory_os.redact import redactor
-from memory_os.trace import Finding, explain
+from memory_os.trace import Finding, explain, knows_less
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, marks_of, prepare, run_turn
 from memory_os.types import (
@@ -651,8 +651,8 @@ class Scope:
         """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
 
         ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there. An item that is as
-        new here stays. What is older than the memory's ``retention_days`` is left out, and ``.too_old`` counts it. Only
-        segments are counted.
+        new here stays, and so does the trace of a turn that was confirmed since. What is older than the memory's
+        ``retention_days`` is left out, and ``.too_old`` counts it. Only segments are counted.
 
         :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
@@ -662,13 +662,18 @@ class Scope:
             done = self._stored([record for record in batch if isinstance(record, NewSegment)], restore, done)
             for record in batch:
                 if isinstance(record, Trace) and not (policy and policy.is_old(record.created_at)):
-                    self._parts.store.save_trace(replace(record, namespace=self.labels))
+                    self._import_trace(record)
             changes = [record for record in batch if isinstance(record, ItemChange)]
             if changes:
                 self.items.merge(changes)
             if progress:
                 progress(*done)
         return done
+
+    def _import_trace(self, trace: Trace) -> None:
+        known = self._parts.store.load_trace(self.labels, trace.id)
+        if known is None or known.id != trace.id or not knows_less(trace, known):
+            self._parts.store.save_trace(replace(trace, namespace=self.labels))
 
     # -- read ------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from memory_os.types import (
@@ -20,7 +20,16 @@ from memory_os.types import (
     Trace,
 )
 
-__all__ = ["Finding", "explain", "ledger_to_dicts", "set_apart", "trace_from_dict", "trace_to_dict", "without_text"]
+__all__ = [
+    "Finding",
+    "explain",
+    "knows_less",
+    "ledger_to_dicts",
+    "set_apart",
+    "trace_from_dict",
+    "trace_to_dict",
+    "without_text",
+]
 
 FORMAT = 1
 
@@ -112,6 +121,14 @@ def without_text(trace: Trace, gone: Collection[str]) -> Trace:
         error=trace.error and FORGOTTEN,
         notes=tuple(note for note in trace.notes if FAILED not in note),
     )
+
+
+def knows_less(trace: Trace, other: Trace) -> bool:
+    """Whether a trace was written before the other of the same turn: not yet its reply, or what was confirmed since."""
+    if other.reply_id is not None and trace.reply_id is None:
+        return True
+    mine, told = trace.confirmation, other.confirmation
+    return told is not None and (mine is None or mine.at.astimezone(UTC) < told.at.astimezone(UTC))
 
 
 def _confirmation_to_dict(told: Confirmation | None) -> dict[str, Any] | None:
