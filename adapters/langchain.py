@@ -28,6 +28,7 @@ from memory_os.adapters.langchain_models import LangChainEmbedder, LangChainLLM
 from memory_os.adapters.tools import memory_tools
 from memory_os.errors import ConfigError, InvalidInputError
 from memory_os.memory import NO_LIMIT, Memory
+from memory_os.redact import digest_of
 from memory_os.types import NewSegment, Segment
 
 if TYPE_CHECKING:
@@ -272,7 +273,12 @@ class MemoryVectorStore(VectorStore):
         return True
 
     def _key(self, id_: str) -> str:
-        return DOCUMENT + json.dumps([self.session, id_])
+        return DOCUMENT + json.dumps([self.session, self._kept(id_)])
+
+    def _kept(self, id_: str) -> str:
+        """The id as it can be kept: its digest, where it holds what is to be redacted."""
+        key = DOCUMENT + json.dumps([self.session, id_])
+        return id_ if self.memory.parts.store.redacted(key) == key else digest_of(id_)
 
     def _id_in_store(self, segment: Segment) -> str | None:
         """The id under which this store has added it; ``None`` for any other record."""
@@ -295,7 +301,8 @@ class MemoryVectorStore(VectorStore):
         found = self._scope().lookup(name for id_ in ids for name in (self._key(id_), id_))
         there = [found.get(self._key(id_)) or found.get(id_) for id_ in ids]
         documents = [self._plain(segment) for segment in there if segment]
-        return [document for document in documents if document.id in ids]
+        kept = {*ids, *map(self._kept, ids)}
+        return [document for document in documents if document.id in kept]
 
     def similarity_search(self, query: str, k: int = 4, **kwargs: Any) -> list[Document]:
         """The ``k`` nearest documents.

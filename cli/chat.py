@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from memory_os.cli import render
@@ -21,6 +20,7 @@ from memory_os.cli.common import (
     Store,
     Tokenizer,
     Vectors,
+    old_history,
     opened,
 )
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Chat", "chat"]
 
 T = TypeVar("T")
+REMEMBERED = 200
+"""So many of the session's last segments are looked through for what the arrow keys bring back."""
 
 
 def chat(
@@ -62,7 +64,7 @@ def chat(
             scope = scope.session("default")
         if sys.stdin.isatty() and sys.stdout.isatty():
             _banner(scope, settings)
-            lines = _edited_lines()
+            lines = _edited_lines(scope)
         else:
             lines = (line.rstrip("\n") for line in sys.stdin)
         Chat(scope, budget=settings.budget, json=json).run(lines)
@@ -77,6 +79,9 @@ def _banner(scope: Scope, settings: Settings) -> None:
     talk.print(render.plain(f"session {scope.session_name}, LLM {settings.llm}, controller {settings.controller}"))
     if counts["pending"]:
         talk.print(render.plain(_pending(counts["pending"])))
+    if old := old_history():
+        told = f"{old} holds what was typed here before, and is not used any more: delete it."
+        talk.print(render.plain(told, "yellow"), soft_wrap=True)
     talk.print("[dim]/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.[/]\n")
 
 
@@ -84,18 +89,20 @@ def _pending(n: int) -> str:
     return f"{n} still to be embedded, in the background; until then those are found by their words only"
 
 
-def _edited_lines() -> Iterator[str]:
-    """Lines typed at a prompt with editing, history across sessions, and completion of commands."""
-    from platformdirs import user_data_dir
+def _edited_lines(scope: Scope) -> Iterator[str]:
+    """Lines typed at a prompt with editing, completion of commands, and the session's earlier turns as its history.
+
+    Those are in the store anyway, redacted where that is on, and go when they are forgotten: no second file has them.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import InMemoryHistory
 
-    folder = Path(user_data_dir("memory_os"))
-    folder.mkdir(parents=True, exist_ok=True)
     words = WordCompleter([f"/{name}" for name in Chat.COMMANDS], sentence=True)
+    turns = [each for each in scope.history(REMEMBERED) if each.kind == "turn" and each.role == "user"]
+    said = [each.text for each in turns if "\n" not in each.text]
     prompt: PromptSession[str] = PromptSession(
-        history=FileHistory(str(folder / "chat_history")), completer=words, complete_while_typing=False
+        history=InMemoryHistory(said), completer=words, complete_while_typing=False
     )
     while True:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ __all__ = [
     "Store",
     "Tokenizer",
     "Vectors",
+    "old_history",
     "opened",
 ]
 
@@ -101,3 +103,11 @@ def opened(
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings
+
+
+def old_history() -> Path | None:
+    """The file in which earlier versions of ``memos chat`` kept every line that was typed, if it is still there."""
+    from platformdirs import user_data_dir
+
+    file = Path(user_data_dir("memory_os")) / "chat_history"
+    return file if file.exists() else None

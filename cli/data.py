@@ -41,7 +41,7 @@ def ingest(
 
     Example: memos ingest notes.md
 
-    JSON: {"stored": 12, "already_there": 0}, and "forgotten": 3 where there are any
+    JSON: {"stored": 12, "already_there": 0}, and "forgotten" and "too_old" where there are any
     """
     flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
     with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
@@ -60,12 +60,14 @@ def ingest(
 def _tell(done: Stored, json: bool) -> None:
     stored, known = done
     if json:
-        left_out = {"forgotten": done.forgotten} if done.forgotten else {}
+        left_out = {name: n for name in ("forgotten", "too_old") if (n := getattr(done, name))}
         render.print_json({"stored": stored, "already_there": known, **left_out})
         return
     render.out().print(f"Stored {render.count_of(stored)}" + (f"; {known} were already there." if known else "."))
     if done.forgotten:
         render.talk().print(f"{done.forgotten} were forgotten here and stay so; --restore brings them back.")
+    if done.too_old:
+        render.talk().print(f"{done.too_old} are older than retention_days, and are not kept.")
 
 
 def summarize(
@@ -318,7 +320,7 @@ def import_(
 
     Example: memos import backup.jsonl -n acme/alice
 
-    JSON: {"stored": 12, "already_there": 0}, and "forgotten": 3 where there are any
+    JSON: {"stored": 12, "already_there": 0}, and "forgotten" and "too_old" where there are any
     """
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
     with opened(flags, writes=True) as (_, scope, _), _progress() as progress:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memory_os.cli import render
-from memory_os.cli.common import Embedder, Json, Namespace, Store, Vectors, opened
+from memory_os.cli.common import Embedder, Json, Namespace, Store, Vectors, old_history, opened
 
 if TYPE_CHECKING:
     from memory_os.types import Segment
@@ -60,6 +60,7 @@ def forget(
     }  # fmt: skip
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
     with opened(flags) as (_, scope, settings):
+        scope = scope.whole()  # the setting session says where to write, not what to forget
         going = scope.would_forget(*refs or (), **chosen)
         counts = scope.forget(*refs or (), **chosen, preview=True)
         if not json and not everything and (preview or not yes):
@@ -70,10 +71,10 @@ def forget(
                 if not sys.stdin.isatty():
                     raise typer.BadParameter(f"this would forget {what}; say --yes to do it unasked")
                 typer.confirm(f"Forget {what} of {settings.namespace} for good?", abort=True, err=True)
-            if query is not None:  # exactly what was shown, whatever search would find now
-                refs, chosen = [segment.id for segment in going], {}
-            if refs or chosen:
-                counts = scope.forget(*refs or (), **chosen, verify=verify)
+            if everything:
+                counts = scope.forget(everything=True, verify=verify)
+            elif there := scope.lookup(segment.id for segment in going):  # what was shown, and nothing said since
+                counts = scope.forget(*(segment.seq for segment in there.values()), verify=verify)
     if json and preview:
         shown = [{"seq": each.seq, "id": each.id, "text": each.text} for each in going]
         render.print_json({**counts, "going": shown})
@@ -96,7 +97,8 @@ def retain(
 ) -> None:
     """Forget what is older than so many days, by the time when it was said. Does not ask; see --preview.
 
-    With the setting retention_days, every command that stores something does so by itself, in every namespace.
+    With the setting retention_days, every command that stores something does so by itself, in every namespace, and
+    stores nothing that is older. What went by age comes back when it is stored again without the setting.
 
     Example: memos retain --days 90 --preview
 
@@ -142,6 +144,11 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> 
     if counts["segments"] and copies and not preview:
         names = ", ".join(copy.name for copy in copies)
         talk.print(render.plain(f"Copies from before an upgrade are as they were; delete them: {names}", "yellow"))
+    if counts["segments"] and not preview and (old := old_history()):
+        talk.print(
+            render.plain(f"What was typed in memos chat before is as it was; delete it: {old}", "yellow"),
+            soft_wrap=True,
+        )
 
 
 def _going(counts: Mapping[str, int]) -> str:

@@ -87,6 +87,7 @@ class Examples:
         stored = self._parts.store.append(self._namespace, [self._segment(text, label) for text, label in pairs])
         with deferrable():
             self._parts.catch_up(self._namespace, stored)
+        self._parts.keep_to_retention()
         return stored
 
     def _segment(self, text: str, label: str) -> NewSegment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from memory_os.errors import ConfigError, UnknownNameError
+from memory_os.errors import ConfigError, MemoryOSError, UnknownNameError
 from memory_os.ingest import parse_time
 from memory_os.types import Namespace
 
@@ -23,8 +24,13 @@ __all__ = ["Retention", "Selection", "cutoff", "expire", "forget", "ids_in", "wi
 
 TELLING = 8
 """Bytes of UTF-8: a shorter text stands in any file by chance, and is not looked for."""
+PATIENCE_S = 5.0
 EVERY_S = 3600
 """So often, at most, a memory that stays open looks for what has become too old."""
+DAY_MS = 86_400_000
+SILENCE_DAYS = 366
+"""A store in which nothing was written for longer, by the clock, is a reason to doubt the clock."""
+UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +101,14 @@ def forget(
     everything: bool = False,
     preview: bool = False,
     verify: bool = False,
+    bury: bool = True,
+    patience_s: float = PATIENCE_S,
 ) -> dict[str, int]:
     """Delete segments and what is derived from them; counts by place.
 
     :param everything: all that the namespaces hold, whatever segments are named.
+    :param bury: leave tombstones; otherwise what is stored again, comes back.
+    :param patience_s: so long, at most, other processes that read are waited for.
     :param verify: also read every file of the store for the text: ``residue`` is how many files hold some, and
         ``still_held`` how many of the texts stand in something that is still stored, in any namespace.
     """
@@ -106,14 +116,14 @@ def forget(
     if verify and not preview:
         for namespace, ids in going.items():
             texts |= _texts(parts, namespace, with_summaries(parts, namespace, ids), items=everything)
-    deleted = parts.store.delete(going, everything=everything, preview=preview)
+    deleted = parts.store.delete(going, everything=everything, preview=preview, bury=bury)
     counts = {**deleted.counts, "unfinished": 0}
     if deleted.mark:
         if parts.bank:
             for namespace in going:
                 parts.bank.release(namespace)
         purged = parts.index.purge(going if deleted.alone else None)
-        counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged))
+        counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged, patience_s=patience_s))
     if verify and not preview:
         files, held = residue(parts, texts)
         counts |= {"residue": len(files), "still_held": len(held)}
@@ -167,13 +177,24 @@ def cutoff(days: float) -> datetime:
 
 
 def expire(
-    parts: Parts, namespaces: Sequence[Namespace], days: float, *, preview: bool = False, verify: bool = False
+    parts: Parts,
+    namespaces: Sequence[Namespace],
+    days: float,
+    *,
+    preview: bool = False,
+    verify: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> dict[str, int]:
-    """Forget what is older than so many days in these namespaces; counts by place."""
+    """Forget what is older than so many days in these namespaces; counts by place.
+
+    It leaves no tombstones: what is old is kept out by its age, as long as that is the policy.
+
+    :param patience_s: so long, at most, other processes that read are waited for.
+    """
     before = cutoff(days)
     old = {namespace: parts.store.ids(namespace, before=before) for namespace in namespaces}
     going = {namespace: ids for namespace, ids in old.items() if ids}
-    return forget(parts, going, preview=preview, verify=verify)
+    return forget(parts, going, preview=preview, verify=verify, bury=False, patience_s=patience_s)
 
 
 class Retention:
@@ -188,13 +209,56 @@ class Retention:
         self._due = -math.inf
         self._lock = threading.Lock()
 
-    def keep(self, parts: Parts) -> None:
-        """Forget what has become too old, if it is time to look."""
-        with self._lock:
-            now = time.monotonic()
-            if now < self._due:
-                return
-            self._due = now + EVERY_S
-        for namespace in parts.store.namespaces():
-            if parts.store.ids(namespace, before=cutoff(self.days)):
-                expire(parts, [namespace], self.days)
+    def is_old(self, when: datetime | None) -> bool:
+        """Whether what has this event time (``None``: now) is not to be kept."""
+        return when is not None and when.astimezone(UTC) < cutoff(self.days)
+
+    def keep(self, parts: Parts, *, always: bool = False) -> None:
+        """Forget what has become too old, if it is time to look; another thread that is looking is not waited for.
+
+        What fails is logged, and tried again the next time: it is no failure of what the caller is doing.
+        """
+        if not (always or time.monotonic() >= self._due) or not self._lock.acquire(blocking=always):
+            return
+        try:
+            self._look(parts)
+            self._due = time.monotonic() + EVERY_S
+        except (MemoryOSError, OSError) as error:
+            log.error("What is older than %s days could not be forgotten: %s", self.days, error)
+        finally:
+            self._lock.release()
+
+    def _look(self, parts: Parts) -> None:
+        old = [each for each in parts.store.namespaces() if parts.store.ids(each, before=cutoff(self.days))]
+        if not old:
+            return
+        if last := _last_use_before_silence(parts):
+            log.warning(
+                "Nothing was forgotten by age: the clock says %s, but before that day the store was last written to on "
+                "%s. If the clock is right, forget by hand: memos retain, or Memory.expire",
+                datetime.now(UTC).date(), last.date(),
+            )  # fmt: skip
+            return
+        counts = expire(parts, old, self.days, patience_s=0)
+        level = logging.WARNING if counts["unfinished"] else logging.INFO
+        log.log(level, "Forgot what is older than %s days: %s", self.days, counts)
+
+
+def _last_use_before_silence(parts: Parts) -> datetime | None:
+    """When the store was last written to, but for the last day, if that is over a year ago; ``None`` if it is not.
+
+    Then the clock is more likely wrong, and would have everything forgotten. The last day counts for nothing, as a
+    wrong clock has dated it; when a store was written to, the ids (UUIDv7) of what it holds say.
+    """
+    now_ms = datetime.now(UTC).timestamp() * 1000
+    times = (_made_ms(id_) for namespace in parts.store.namespaces() for id_ in parts.store.ids(namespace))
+    last_ms = max((ms for ms in times if ms is not None and ms < now_ms - DAY_MS), default=None)
+    if last_ms is None or now_ms - last_ms <= SILENCE_DAYS * DAY_MS:
+        return None
+    return datetime.fromtimestamp(last_ms / 1000, UTC)
+
+
+def _made_ms(id_: str) -> int | None:
+    """When a UUIDv7 was made, milliseconds since 1970."""
+    match = UUID7.fullmatch(id_)
+    return int(match[1] + match[2], 16) if match else None

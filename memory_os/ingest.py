@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,7 +163,13 @@ def up_to_the_fault(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def read_segments(
-    stream: IO[bytes], *, name: str, format: str | None, session: str, pick: str | None = None
+    stream: IO[bytes],
+    *,
+    name: str,
+    format: str | None,
+    session: str,
+    pick: str | None = None,
+    redact: Callable[[str], str] = str,
 ) -> Iterator[NewSegment]:
     """The segments of a file, in order, without keys.
 
@@ -172,6 +178,8 @@ def read_segments(
     :param format: ``text``, ``markdown`` or ``chat``; ``None`` to guess.
     :param session: the session of what names none itself.
     :param pick: of a file with several conversations, the one with this id.
+    :param redact: takes secrets out of a document before it is cut into passages, for no part of a secret looks like
+        one. Offsets are those of the redacted document.
     :raises InvalidInputError: with the line where there is one. What was yielded before it is good.
     """
     n_bytes = check_utf8(stream, name)
@@ -189,7 +197,7 @@ def read_segments(
     if chosen == "chat":
         segments = _chat(text, name, session, pick)
     else:
-        segments = _document(text.read(), session, markdown=chosen == "markdown")
+        segments = _document(redact(text.read()), session, markdown=chosen == "markdown")
     empty = True
     for segment in segments:
         empty = False

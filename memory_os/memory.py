@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -28,7 +29,7 @@ from memory_os.limits import (
 )
 from memory_os.protocols import ItemChange
 from memory_os.redact import redactor
-from memory_os.trace import Finding, explain
+from memory_os.trace import Finding, explain, knows_less
 from memory_os.transfer import export_lines, read_records, replace_file
 from memory_os.turn import Options, Parts, marks_of, prepare, run_turn
 from memory_os.types import (
@@ -110,8 +111,11 @@ class Memory:
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
         :param bank: bounds and form of the bank of cached keys and values, for controllers that use it.
-        :param retention_days: forget what is older, by event time, in every namespace: now, and while the memory stays
-            open before something is stored, at most once an hour. For good, as ``forget`` does; items stay.
+        :param retention_days: keep nothing older, by event time, in any namespace. What is older already is not taken
+            in; what becomes older is forgotten now, at ``close``, and in between when something is stored, at most once
+            an hour. For good, as ``forget`` does, but it can be stored again under another policy. Items stay. Nothing
+            is forgotten, and a warning logged, where the clock has jumped: by it, nothing was written for a year but
+            in the last day.
         :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
             their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
             cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
@@ -142,12 +146,7 @@ class Memory:
                 redact=redactor(redact),
             )
         )
-        try:
-            if retention:
-                retention.keep(memory.parts)
-        except BaseException:
-            memory.close()
-            raise
+        memory.parts.keep_to_retention(always=True)
         return memory
 
     def namespace(self, *labels: str) -> Scope:
@@ -207,6 +206,7 @@ class Memory:
 
     def close(self) -> None:
         """Release the database and the index; work that is pending is taken up when the memory is next used."""
+        self.parts.keep_to_retention(always=True)
         if self.parts.vectors:
             self.parts.vectors.close()
         if self.parts.backlog:
@@ -274,7 +274,8 @@ class Scope:
         :param created_at: when it was said; now, if not given.
         :param reply_to: the context that this is the model's reply to: what it repeats of that is marked, so that
             it is no new memory, and the turn's trace, where it was recorded, names the reply.
-        :raises InvalidInputError: for text that cannot be stored, or an unknown role or kind.
+        :raises InvalidInputError: for text that cannot be stored, an unknown role or kind, or a time that is older than
+            the memory's ``retention_days``.
         :raises UnknownNameError: if ``reply_to`` is of another namespace.
         """
         if role not in ROLES:
@@ -297,6 +298,7 @@ class Scope:
             created_at=parse_time(created_at) if created_at is not None else None,
             metadata={**checked_metadata(metadata or {}), **marks},
         )
+        self._check_age(new)
         [segment] = self.add_many([new])
         if reply_to is not None and (trace := self._parts.store.load_trace(self.labels, reply_to.trace.id)):
             self._parts.store.save_trace(replace(trace, reply_id=segment.id, outcome=Outcome.ANSWERED))
@@ -305,37 +307,52 @@ class Scope:
     def add_many(self, segments: Sequence[NewSegment], *, restore: bool = False, embed: bool = True) -> list[Segment]:
         """Store several at once, in order, with their vectors; gives back those that were not stored before.
 
+        Those that are older than the memory's ``retention_days`` are left out.
+
         :param restore: store also those whose id or key was forgotten; otherwise they are left out.
         :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
         :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
-        if self._parts.retention:
-            self._parts.retention.keep(self._parts)
         check_count(len(segments))
         checked = [checked_segment(new) for new in segments]
-        stored = self._parts.store.append(self.labels, checked, restore=restore)
-        if not embed:
-            return stored
-        with deferrable():
-            self._parts.catch_up(self.labels, stored)
+        stored = self._parts.store.append(self.labels, self._fresh(checked), restore=restore)
+        if embed:
+            with deferrable():
+                self._parts.catch_up(self.labels, stored)
+        self._parts.keep_to_retention()
         return stored
+
+    def _fresh(self, segments: Sequence[NewSegment]) -> list[NewSegment]:
+        """Those that the memory's retention does not keep out."""
+        policy = self._parts.retention
+        return [new for new in segments if policy is None or not policy.is_old(new.created_at)]
+
+    def _check_age(self, *segments: NewSegment) -> None:
+        policy = self._parts.retention
+        if policy and len(self._fresh(segments)) < len(segments):
+            raise InvalidInputError(
+                f"this memory keeps nothing older than {policy.days} days (retention_days), and its time is before that"
+            )
 
     def replace_many(self, segments: Sequence[NewSegment]) -> list[Segment]:
         """Store several by their keys, in order: one whose key is known takes the place of what is under it.
 
         What is there unchanged stays as it is. All are stored, or none; gives back all of them.
 
-        :raises InvalidInputError: for a segment without a key, or text or metadata that cannot be stored.
+        :raises InvalidInputError: for a segment without a key, text or metadata that cannot be stored, or one that is
+            older than the memory's ``retention_days``.
         """
         check_count(len(segments))
         for new in segments:
             if not new.key:
                 raise InvalidInputError("a segment without a key cannot take the place of another; give it one")
         checked = [checked_segment(new) for new in segments]
+        self._check_age(*checked)
         stored = self._parts.store.replace(self.labels, checked)
         self._parts.index.sync(self.labels)
         with deferrable():
             self._parts.catch_up(self.labels, stored)
+        self._parts.keep_to_retention()
         return stored
 
     def ingest(
@@ -356,28 +373,33 @@ class Scope:
         :param format: ``text``, ``markdown`` or ``chat``; guessed from the name's ending if not given.
         :param name: the identity of the source; the absolute path if not given.
         :param pick: of a file with several conversations, the one with this id.
+        What is older than the memory's ``retention_days`` is not stored, and ``.too_old`` counts it.
+
         :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
         :param progress: called with ``(stored, already there, total)`` before the first batch and after each one is
             durable; the file is then read once more, beforehand, to know the total.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
-        stored = known = forgotten = total = 0
+        total, done = 0, Stored(0, 0)
         if progress:
             total = sum(len(batch) for batch in up_to_the_fault(self._read(source, format, name, pick)))
-            progress(stored, known, total)
+            progress(*done, total)
         for batch in batched(self._read(source, format, name, pick)):
-            new, out = self._stored(batch, restore)
-            stored, known, forgotten = stored + len(new), known + len(batch) - len(new) - out, forgotten + out
+            done = self._stored(batch, restore, done)
             if progress:
-                progress(stored, known, total)
+                progress(*done, total)
         with deferrable():
             self._parts.catch_up(self.labels, most=BATCH)  # what an interrupted run left
-        return Stored(stored, known, forgotten)
+        return done
 
-    def _stored(self, segments: Sequence[NewSegment], restore: bool) -> tuple[list[Segment], int]:
-        """Those that were stored, and how many were left out because they were forgotten."""
-        new = self.add_many(segments, restore=restore)
-        return new, 0 if len(new) == len(segments) else self._parts.store.forgotten(self.labels, segments)
+    def _stored(self, segments: Sequence[NewSegment], restore: bool, before: Stored) -> Stored:
+        """Store these; what became of them, added to what became of those before."""
+        fresh = self._fresh(segments)
+        n_new = len(self.add_many(fresh, restore=restore))
+        out = 0 if n_new == len(fresh) else self._parts.store.forgotten(self.labels, fresh)
+        stored, known = before
+        too_old = before.too_old + len(segments) - len(fresh)
+        return Stored(stored + n_new, known + len(fresh) - n_new - out, before.forgotten + out, too_old)
 
     def summarize(
         self,
@@ -483,21 +505,19 @@ class Scope:
     def _read(
         self, source: str | Path | IO[bytes], format: str | None, name: str | None, pick: str | None
     ) -> Iterator[NewSegment]:
+        read = partial(read_segments, format=format, pick=pick, redact=self._parts.store.redacted)
         if isinstance(source, str | Path):
             with open_file(source) as stream:
                 path = Path(source).expanduser().absolute()
                 label = name or str(path)
                 check_name(label, "source's name", most=MAX_SOURCE_CHARS)
                 session = self.session_name or path.stem
-                yield from with_keys(
-                    read_segments(stream, name=str(source), format=format, session=session, pick=pick), label
-                )
+                yield from with_keys(read(stream, name=str(source), session=session), label)
             return
         label = name or "-"
         check_name(label, "source's name", most=MAX_SOURCE_CHARS)
-        session = self.session_name or DEFAULT_SESSION
         source.seek(0)
-        yield from with_keys(read_segments(source, name=label, format=format, session=session, pick=pick), label)
+        yield from with_keys(read(source, name=label, session=self.session_name or DEFAULT_SESSION), label)
 
     def forget(
         self,
@@ -563,7 +583,8 @@ class Scope:
     def expire(self, days: float, *, preview: bool = False, verify: bool = False) -> dict[str, int]:
         """Forget what is older than so many days, by event time, in the whole namespace; counts by place.
 
-        Items have a time to live of their own, and stay.
+        Items have a time to live of their own, and stay. What went by its age may be stored again; to keep it out, open
+        the memory with ``retention_days``.
 
         :param preview: only count.
         :param verify: as for ``forget``.
@@ -652,27 +673,31 @@ class Scope:
         """Store an export in this namespace, ids and times kept; ``(stored, already there)``.
 
         ``seq`` is kept in an empty namespace; elsewhere the segments follow those that are there. An item that is as
-        new here stays. Only segments are counted.
+        new here stays, and so does the trace of a turn that was confirmed since. What is older than the memory's
+        ``retention_days`` is left out, and ``.too_old`` counts it. Only segments are counted.
 
         :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it, items
             too.
         :raises InvalidInputError: with the line; what came before it is stored, and importing again doubles nothing.
         """
-        stored = known = forgotten = 0
+        done, policy = Stored(0, 0), self._parts.retention
         for batch in batched(read_records(file)):
-            segments = [record for record in batch if isinstance(record, NewSegment)]
-            new, out = self._stored(segments, restore)
-            stored, known = stored + len(new), known + len(segments) - len(new) - out
+            done = self._stored([record for record in batch if isinstance(record, NewSegment)], restore, done)
             for record in batch:
-                if isinstance(record, Trace):
-                    self._parts.store.save_trace(replace(record, namespace=self.labels), restore=restore)
+                if isinstance(record, Trace) and not (policy and policy.is_old(record.created_at)):
+                    self._import_trace(record, restore)
             changes = [record for record in batch if isinstance(record, ItemChange)]
             if changes:
-                out += self.items.merge(changes, restore=restore)[1]
-            forgotten += out
+                out = self.items.merge(changes, restore=restore)[1]
+                done = Stored(*done, done.forgotten + out, done.too_old)
             if progress:
-                progress(stored, known)
-        return Stored(stored, known, forgotten)
+                progress(*done)
+        return done
+
+    def _import_trace(self, trace: Trace, restore: bool) -> None:
+        known = self._parts.store.load_trace(self.labels, trace.id)
+        if known is None or known.id != trace.id or not knows_less(trace, known):
+            self._parts.store.save_trace(replace(trace, namespace=self.labels), restore=restore)
 
     # -- read ------------------------------------------------------------------------------------------------------
 
@@ -947,10 +972,15 @@ class Scope:
         check_text(query)
         if speaker is not None:
             check_name(speaker, "speaker")
-        if self._parts.retention:
-            self._parts.retention.keep(self._parts)
         session = self.session_name or DEFAULT_SESSION
-        return Stream(run_turn(self._parts, self.labels, session, query, speaker=speaker, budget=budget))
+        return Stream(self._turn(run_turn(self._parts, self.labels, session, query, speaker=speaker, budget=budget)))
+
+    def _turn(self, turn: Generator[str, None, Reply]) -> Generator[str, None, Reply]:
+        """The turn; what has become too old goes after it, when all of it is stored."""
+        try:
+            return (yield from turn)
+        finally:
+            self._parts.keep_to_retention()
 
 
 class Stream:

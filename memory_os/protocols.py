@@ -505,7 +505,12 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
 
     def delete(
-        self, going: Mapping[Namespace, Sequence[str]], *, everything: bool = False, preview: bool = False
+        self,
+        going: Mapping[Namespace, Sequence[str]],
+        *,
+        everything: bool = False,
+        preview: bool = False,
+        bury: bool = True,
     ) -> Deleted:
         """Delete segments and the summaries of them for good, with all that is derived from either, in one transaction.
 
@@ -514,14 +519,16 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
         :param everything: all that the namespaces hold, whatever segments are named.
         :param preview: only count.
+        :param bury: leave tombstones; otherwise what is stored again, comes back.
         """
 
-    def scrub(self, deleted: Deleted, *, index_purged: bool) -> bool:
+    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float) -> bool:
         """Leave nothing in the store's files of what was deleted; whether that is so now.
 
         If not (another process reads what was before), it is done at ``close`` or at the next open.
 
         :param index_purged: what ``VectorIndex.purge`` said.
+        :param patience_s: so long, at most, other processes that read are waited for.
         """
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:

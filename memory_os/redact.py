@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from functools import cache
 from typing import Any
 
 from memory_os.errors import ConfigError, InvalidInputError
@@ -24,6 +26,7 @@ __all__ = [
     "clean_segment",
     "clean_trace",
     "cleaned",
+    "digest_of",
     "redactor",
     "secrets",
 ]
@@ -54,39 +57,55 @@ _NAMED = (
     r"(?:password|passwd|passphrase|pwd|secret[_-]?(?:access[_-]?)?key|[_-]secret|secret(?==)|api[_-]?key|access[_-]?key|"
     r"private[_-]?key|(?:auth|access|refresh|session)[_-]?token|密码|密碼|口令)"
 )
-# (kind, pattern); of a group "secret" alone that is replaced. The order counts: the more certain first.
-_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "private-key",  # one that was cut off is a secret as well
-        re.compile(
-            r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
+_START = r"(?<![A-Za-z0-9])"
+# where a word begins in what JSON (\n) and URLs (%3D) make of text; slower
+_START_ESCAPED = rf"(?:{_START}|\\(?:[nrtbf]|u[0-9A-Fa-f]{{4}})|%[0-9A-Fa-f]{{2}})"
+
+
+@cache
+def _patterns(start: str) -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """``(kind, pattern)``; of a group "secret" alone that is replaced. The order counts: the more certain first."""
+    return (
+        (
+            "private-key",  # one that was cut off is a secret as well, as far as there is what looks like lines of it
+            re.compile(
+                r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+                r"(?:(?:(?!-----BEGIN ).){0,32000}?-----END [A-Z0-9 ]*-----"
+                r"|(?:[\s\\>|\"',#*]*(?:[A-Za-z-]{4,20}: [^\n]{0,200}\n|[A-Za-z0-9+/=]{16,}))*+"
+                r"(?:[\s\\]+[A-Za-z0-9+/=]+\s*\Z)?)",
+                re.DOTALL,
+            ),
         ),
-    ),
-    *((kind, re.compile(rf"(?<![A-Za-z0-9])(?:{token})(?![A-Za-z0-9])")) for kind, token in _TOKENS.items()),
-    (
-        "url-password",
-        re.compile(
-            r"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s:/@?#'\"]{0,256}:(?P<secret>[^\s/@'\"]{1,512})(?=@)"
+        *((kind, re.compile(rf"{start}(?P<secret>{token})(?![A-Za-z0-9])")) for kind, token in _TOKENS.items()),
+        (
+            "url-password",
+            re.compile(
+                rf"{start}[A-Za-z][A-Za-z0-9+.-]{{1,20}}://[^\s:/@?#'\"]{{0,256}}:"
+                r"(?P<secret>[^\s/@'\"]{1,512}(?:@[^\s/@?#:'\"]{0,64}(?:/[^\s@?#:'\"]{0,64})?(?=@))?)(?=@)"
+            ),
         ),
-    ),
-    (
-        "authorization",
-        re.compile(
-            r"(?<![A-Za-z0-9])(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
-            r"(?P<secret>[A-Za-z0-9._~+/=:-]{8,})",
-            re.IGNORECASE,
+        (
+            "authorization",
+            re.compile(
+                rf"{start}(?:proxy-)?authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
+                r"(?P<secret>[A-Za-z0-9._~+/=:-]{8,})",
+                re.IGNORECASE,
+            ),
         ),
-    ),
-    ("bearer-token", re.compile(r"(?<![A-Za-z0-9])bearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{20,})", re.IGNORECASE)),
-    (
-        "password",
-        re.compile(
-            rf"{_NAMED}[\"']?\s{{0,4}}(?:=>|[:=：＝])\s{{0,4}}(?P<quote>[\"'])?(?!\[REDACTED:|(?:none|null|true|false)(?![\w])|(?:os|self|process)\.)"
-            r"(?P<secret>(?(quote)(?:(?!(?P=quote))[^\\\n]|\\.)+|[^\s,;&\"'<>)\]}]{4,}))",
-            re.IGNORECASE,
+        ("bearer-token", re.compile(rf"{start}bearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{{20,}})", re.IGNORECASE)),
+        (
+            "password",
+            re.compile(
+                rf"{_NAMED}\\?[\"']?\s{{0,4}}(?:=>|[:=：＝])\s{{0,4}}(?P<quote>\\?[\"'])?(?!\[REDACTED:|(?:none|null|true|false)(?![\w])|(?:os|self|process)\.)"
+                # in quotes: over lines where the quotes are closed soon, else to the end of the line
+                r"(?P<secret>(?(quote)(?:(?:(?!(?P=quote))(?:\\.|[^\\])){1,256}(?=(?P=quote))"
+                r"|(?:(?!(?P=quote))(?:\\.|[^\\\n]))+)|[^\s,;&\"'<>)\]}]{4,}))",
+                re.IGNORECASE | re.DOTALL,
+            ),
         ),
-    ),
-)
+    )
+
+
 # a look-ahead: what is no card must not hide one that begins within it
 _CARD = re.compile(
     r"(?<![A-Za-z0-9_.])(?=(?P<number>\d{13,19}|\d{4}([ -])\d{4}\2\d{4}\2\d{1,4}(?P<more>\2\d{3})?"
@@ -99,13 +118,22 @@ _ISSUER = re.compile(
 )
 
 
+SHORTEST_NUMBER = 1000
+"""No password or card is a smaller number."""
+NAME_FIELDS, VALUE_FIELDS = ("name", "key", "field"), ("value", "values", "text", "secret")
+"""``{"name": "password", "value": ...}``"""
+ID_FIELDS = ("id", "query_id", "reply_id", "segment_id", "flash", "cited", "evidence", "config_hash", "by")
+"""Of a trace: what something is found by."""
+
+
 def secrets(text: str) -> str:
     """The text with every secret that is known by its form replaced by ``[REDACTED:kind]``.
 
     >>> secrets("export OPENAI_API_KEY=sk-abcdefghijklmnopqrstuvwx, then call 4111 1111 1111 1111")
     'export OPENAI_API_KEY=[REDACTED:openai-key], then call [REDACTED:card]'
     """
-    for kind, pattern in _PATTERNS:
+    escaped = "\\" in text or "%" in text
+    for kind, pattern in _patterns(_START_ESCAPED if escaped else _START):
         text = pattern.sub(lambda match, kind=kind: _replaced(match, kind), text)  # type: ignore[misc]
     return _without_cards(text)
 
@@ -156,26 +184,45 @@ def redactor(redact: bool | Redact) -> Redact | None:
     return own
 
 
-def cleaned(value: Any, redact: Redact) -> Any:
-    """JSON-ready data with every text in it redacted, names of fields and numbers written out among them."""
+def cleaned(value: Any, redact: Redact, about: str = "") -> Any:
+    """JSON-ready data with every text in it redacted, names of fields and numbers written out among them.
+
+    :param about: the name of the field that it is in, which may tell that it is a secret.
+    """
     if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**12:  # a card's number
-        return value if (text := redact(str(value))) == str(value) else text
+        return _named(about, value, redact)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) >= SHORTEST_NUMBER:
+        written = str(int(value)) if value == value // 1 else str(value)
+        return value if (left := _named(about, written, redact)) == written else left
     if isinstance(value, Mapping):
-        return {
-            cleaned(name, redact): _named(name, inner, redact) if isinstance(inner, str) else cleaned(inner, redact)
-            for name, inner in value.items()
-        }
+        return _cleaned_fields(value, redact, about)
     if isinstance(value, list | tuple):
-        return [cleaned(inner, redact) for inner in value]
+        if all(isinstance(inner, str) for inner in value):  # lines, of which no single one tells what they are
+            together = redact("\n".join(value))
+            if together != "\n".join(map(redact, value)):
+                return together.split("\n")
+        return [cleaned(inner, redact, about) for inner in value]
     return value
 
 
-def _named(name: object, value: str, redact: Redact) -> str:
+def _cleaned_fields(value: Mapping[str, Any], redact: Redact, about: str) -> dict[str, Any]:
+    """A mapping's fields; names that become equal are numbered. ``value`` is about what ``name`` or the mapping is."""
+    about = next((name for field in NAME_FIELDS if isinstance(name := value.get(field), str)), about)
+    left: dict[str, Any] = {}
+    for name, inner in value.items():
+        clean = base = cleaned(name, redact)
+        n = 1
+        while clean != name and (clean in left or clean in value):
+            n += 1
+            clean = f"{base} {n}"
+        left[clean] = cleaned(inner, redact, about if about and name in VALUE_FIELDS else name)
+    return left
+
+
+def _named(name: str, value: str, redact: Redact) -> str:
     """A field's text without secrets, also where only the field's name tells that it is one."""
     left, told = redact(value), f'{name}="'
-    together = redact(f'{told}{value}"') if left == value else ""
+    together = redact(f'{told}{value}"') if name and left == value else ""
     return together[len(told) : -1] if together.startswith(told) and together.endswith('"') else left
 
 
@@ -190,9 +237,12 @@ def checked_name(name: str | None, what: str, redact: Redact) -> None:
 
 def clean_key(key: str, redact: Redact) -> str:
     """A key that may have been made of what is said: as it is, or its digest."""
-    if redact(key) == key:
-        return key
-    return f"digest:{hashlib.sha256(key.encode()).hexdigest()}"
+    return key if redact(key) == key else digest_of(key)
+
+
+def digest_of(name: str) -> str:
+    """What stands for a name that holds a secret."""
+    return f"digest:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def clean_segment(item: NewSegment, redact: Redact) -> NewSegment:
@@ -213,20 +263,27 @@ def clean_segment(item: NewSegment, redact: Redact) -> NewSegment:
 
 
 def clean_trace(trace: Trace, redact: Redact) -> Trace:
-    """A trace without secrets in what was asked, answered and noted."""
-    told = trace.confirmation
-    return replace(
-        trace,
-        query=redact(trace.query),
-        session=trace.session and redact(trace.session),
-        error=trace.error and redact(trace.error),
-        notes=tuple(map(redact, trace.notes)),
-        calls=tuple(
-            replace(call, purpose=redact(call.purpose), verdict=redact(call.verdict), answer=redact(call.answer))
-            for call in trace.calls
-        ),
-        confirmation=told and replace(told, answer=redact(told.answer)),
-    )
+    """A trace without secrets, whatever field they are in; names of segments that hold one become digests."""
+    clean: Trace = _without_secrets(replace(trace, namespace=()), cache(redact), "")
+    return replace(clean, namespace=trace.namespace)
+
+
+def _without_secrets(value: Any, redact: Redact, field: str) -> Any:
+    """A value of a trace's field, and all that is in it."""
+    if isinstance(value, Enum):
+        return value
+    if isinstance(value, str):
+        if field not in ID_FIELDS:
+            return redact(value)
+        return value if _UUID.fullmatch(value) else clean_key(value, redact)
+    if isinstance(value, tuple):
+        return tuple(_without_secrets(each, redact, field) for each in value)
+    if isinstance(value, Mapping):
+        return {redact(name): _without_secrets(each, redact, name) for name, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        each = {part.name: _without_secrets(getattr(value, part.name), redact, part.name) for part in fields(value)}
+        return replace(value, **each)
+    return value
 
 
 def clean_change(change: ItemChange, redact: Redact) -> ItemChange:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from memory_os.types import (
@@ -23,6 +23,7 @@ from memory_os.types import (
 __all__ = [
     "Finding",
     "explain",
+    "knows_less",
     "ledger_to_dicts",
     "part_in",
     "set_apart",
@@ -135,6 +136,14 @@ def part_in(trace: Trace) -> set[str]:
     offered = (entry.segment_id for entry in trace.ledger)
     named = (trace.query_id, trace.reply_id, *trace.flash, *offered, *trace.cited, *(told or ()))
     return {id_ for id_ in named if id_}
+
+
+def knows_less(trace: Trace, other: Trace) -> bool:
+    """Whether a trace was written before the other of the same turn: not yet its reply, or what was confirmed since."""
+    if other.reply_id is not None and trace.reply_id is None:
+        return True
+    mine, told = trace.confirmation, other.confirmation
+    return told is not None and (mine is None or mine.at.astimezone(UTC) < told.at.astimezone(UTC))
 
 
 def _confirmation_to_dict(told: Confirmation | None) -> dict[str, Any] | None:

@@ -107,6 +107,11 @@ class Parts:
     items: ItemStore | None = None
     retention: Retention | None = None
 
+    def keep_to_retention(self, *, always: bool = False) -> None:
+        """Forget what has become too old, where there is a policy; see ``Retention.keep``."""
+        if self.retention:
+            self.retention.keep(self, always=always)
+
     def price_of(self, segment: Segment) -> int:
         """Tokens of the segment's line in the context. What was counted is kept by the line.
 

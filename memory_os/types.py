@@ -114,7 +114,7 @@ class Segment:
     :param id: UUIDv7, as text.
     :param seq: strictly increasing in the namespace; chronological order everywhere.
     :param created_at: event time, UTC.
-    :param offset: character span in the source, for parts of documents.
+    :param offset: character span in the source, for parts of documents; in what redaction left of it, where it is on.
     :param n_tokens: length in cl100k_base tokens, for statistics only; budgets are counted in the target model's own.
     """
 
@@ -328,14 +328,16 @@ class Stored(tuple[int, int]):
     """``(stored, already there)``, of segments that were to be stored.
 
     :param forgotten: how many more were forgotten here before, and are not stored again.
+    :param too_old: how many more are older than the memory's ``retention_days``, and are not kept.
     """
 
     forgotten: int
+    too_old: int
 
-    def __new__(cls, stored: int, known: int, forgotten: int = 0) -> Self:
-        """A pair with the third number beside it."""
+    def __new__(cls, stored: int, known: int, forgotten: int = 0, too_old: int = 0) -> Self:
+        """A pair with the other numbers beside it."""
         both = super().__new__(cls, (stored, known))
-        both.forgotten = forgotten
+        both.forgotten, both.too_old = forgotten, too_old
         return both
 
 

@@ -185,7 +185,7 @@ class Database:
         self._unclean = not (clean and index_purged)
         return not self._unclean
 
-    def scrub_what_is_due(self, *, patience_s: float = scrub.PATIENCE_S) -> None:
+    def scrub_what_is_due(self, *, patience_s: float = 5) -> None:
         """Do what an earlier deletion could not."""
         with self.read() as connection:
             mark = scrub.due(connection)

@@ -49,12 +49,14 @@ def forget(
     ids: Sequence[str],
     *,
     everything: bool = False,
+    bury: bool = True,
     preview: bool = False,
 ) -> Removal:
     """Delete segments for good, and the summaries of them, with all that was derived from either.
 
     :param bank: the folder of the bank's files, which are deleted at once.
     :param everything: all that the namespace holds, whatever segments are named.
+    :param bury: leave tombstones, so that they are not stored again.
     :param preview: the transaction will be undone: no file is deleted.
     """
     if everything:
@@ -77,7 +79,7 @@ def forget(
         counts["traces"] += connection.execute(traces.delete().where(mine)).rowcount
     counts["items"] = len(names.items)
     counts["traces_blanked"] = _blank_traces(connection, ns, set(names.ids), gone)
-    counts["tombstones"] = tombstones.bury(connection, ns, names)
+    counts["tombstones"] = tombstones.bury(connection, ns, names) if bury else 0
     if counts["segments"] and not preview:
         fulltext.compact(connection)
         if gone is not None:

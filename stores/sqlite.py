@@ -334,7 +334,12 @@ class SqliteStore:
             return list(connection.execute(query.order_by(segments.c.seq)).scalars())
 
     def delete(
-        self, going: Mapping[Namespace, Sequence[str]], *, everything: bool = False, preview: bool = False
+        self,
+        going: Mapping[Namespace, Sequence[str]],
+        *,
+        everything: bool = False,
+        preview: bool = False,
+        bury: bool = True,
     ) -> Deleted:
         """Delete segments and the summaries of them for good, with all that was derived from either.
 
@@ -342,6 +347,7 @@ class SqliteStore:
 
         :param everything: all that the namespaces hold, whatever segments are named.
         :param preview: only count.
+        :param bury: leave tombstones.
         """
         counts = Counter(dict.fromkeys(forgetting.PLACES, 0))
         gone: set[bytes] | None = set()
@@ -349,7 +355,9 @@ class SqliteStore:
         with self.database.write() as connection:
             for namespace, ids in going.items():
                 ns = self._namespace_id(connection, namespace)
-                removed = forgetting.forget(connection, bank_folder, ns, ids, everything=everything, preview=preview)
+                removed = forgetting.forget(
+                    connection, bank_folder, ns, ids, everything=everything, bury=bury, preview=preview
+                )
                 counts.update(removed.counts)
                 gone = None if gone is None or removed.gone is None else gone | removed.gone
             if preview or not any(counts.values()):
@@ -358,9 +366,9 @@ class SqliteStore:
             alone = not scrub.due(connection)
             return Deleted(dict(counts), gone if alone else None, scrub.mark(connection), alone)
 
-    def scrub(self, deleted: Deleted, *, index_purged: bool) -> bool:
+    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float = scrub.PATIENCE_S) -> bool:
         """Leave nothing in the store's files of what was deleted; whether that is so now."""
-        return self.database.scrub(deleted.gone, deleted.mark, index_purged=index_purged)
+        return self.database.scrub(deleted.gone, deleted.mark, index_purged=index_purged, patience_s=patience_s)
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.

@@ -16,7 +16,7 @@ import pytest
 
 from memory_os import Alr2Controller, Memory
 from memory_os.adapters.scripted import ScriptedLLM
-from memory_os.cli.chat import Chat
+from memory_os.cli.chat import Chat, _edited_lines
 
 MEMOS = Path(sys.executable).with_name("memos")
 
@@ -218,6 +218,54 @@ def test_a_second_ctrl_c_while_the_model_loads_leaves(talk):
     with pytest.raises(SystemExit) as end:
         talk("first", reply=loading)
     assert end.value.code == 130
+
+
+def test_the_arrow_keys_bring_back_what_is_stored_and_no_file_has_it_besides(tmp_path, monkeypatch, capfd):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    key = "ghp_" + "abcdefghij" * 4
+
+    def typed(keys: str) -> str:
+        """What the memory was asked last when these keys were pressed in ``memos chat``."""
+        with (
+            create_pipe_input() as pipe,
+            create_app_session(input=pipe, output=DummyOutput()),
+            Memory.open(tmp_path / "m.db", llm=ScriptedLLM(lambda _: "Noted."), embedder="hash", redact=True) as memory,
+        ):
+            pipe.send_text(keys + "\r/quit\r")
+            scope = memory.namespace("a").session("s")
+            Chat(scope, budget=400).run(_edited_lines(scope))
+            return scope.why()[0].query
+
+    assert typed("My boat is blue.") == "My boat is blue."
+    assert typed(f"My key is {key}") == "My key is [REDACTED:github-token]"
+    assert typed("\x1b[A\x1b[A") == "My boat is blue."
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+    with Memory.open(tmp_path / "m.db", embedder="hash") as memory:
+        memory.namespace("a").forget(1, 5)
+    assert typed("\x1b[A") == "My key is [REDACTED:github-token]"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("m.db")] == []
+
+
+def test_a_file_of_what_was_typed_before_is_named_until_it_is_deleted(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from memory_os.cli.main import app
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    old = tmp_path / "memory_os" / "chat_history"
+    old.parent.mkdir()
+    old.write_text("+hello\n")
+    flags = ["--store", str(tmp_path / "m.db"), "--embedder", "hash"]
+    for there in (True, False):
+        with Memory.open(tmp_path / "m.db", embedder="hash") as memory:
+            memory.namespace("default").add("hello")
+        ran = CliRunner().invoke(app, ["forget", "--everything", "--yes", *flags])
+        assert (ran.exit_code, str(old) in ran.stderr) == (0, there)
+        old.unlink(missing_ok=True)
 
 
 def environment(tmp_path) -> dict[str, str]:

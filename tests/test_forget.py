@@ -11,13 +11,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import typer
+import uuid_utils
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from memory_os import Memory
 from memory_os.adapters.scripted import ScriptedLLM
 from memory_os.cli.main import run
-from memory_os.errors import ConfigError, InvalidInputError, UnknownNameError
+from memory_os.errors import ConfigError, InvalidInputError, StoreError, UnknownNameError
 from memory_os.stores import fulltext, residue
 from memory_os.trace import FORGOTTEN
 from memory_os.types import Confirmation, LLMCall, NewSegment
@@ -551,6 +553,163 @@ def test_a_memory_keeps_to_its_own_retention_when_it_is_opened_and_as_it_goes_on
         assert texts(memory) == ["a 1", "not every time"]
 
 
+OLD = "2020-01-01T00:00:00+00:00"
+
+
+def test_what_is_too_old_already_is_not_taken_in_and_can_be_stored_without_the_policy(tmp_path):
+    old = datetime.fromisoformat(OLD)
+    chat = [{"content": "an old message", "created_at": OLD}, {"content": "a new message"}]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    exported = io.StringIO()
+    with opened(tmp_path / "other.db") as other:
+        other.namespace("a").ingest(tmp_path / "chat.json")
+        other.namespace("a").chat("What of it?")
+        trace = other.namespace("a").why()[0]
+        other.parts.store.save_trace(replace(trace, id="old", query="asked long ago", created_at=old))
+        other.namespace("a").export(exported)
+    lines = exported.getvalue().splitlines()
+    with opened(tmp_path / "m.db", retention_days=90) as memory:
+        scope = memory.namespace("a")
+        done = scope.ingest(tmp_path / "chat.json")
+        assert (done, done.forgotten, done.too_old) == ((1, 0), 0, 1)
+        done = scope.ingest(tmp_path / "chat.json")
+        assert (done, done.forgotten, done.too_old) == ((0, 1), 0, 1)
+        done = memory.namespace("b").import_(lines)
+        assert (done, done.forgotten, done.too_old) == ((3, 0), 0, 1)
+        with pytest.raises(InvalidInputError, match="nothing older than 90 days"):
+            scope.add("old", created_at=OLD)
+        with pytest.raises(InvalidInputError, match="nothing older than 90 days"):
+            scope.replace_many([NewSegment("one", "s", key="1"), NewSegment("two", "s", key="2", created_at=old)])
+        assert [s.text for s in scope.add_many([NewSegment("x", "s", created_at=old), NewSegment("y", "s")])] == ["y"]
+        assert (texts(memory), len(texts(memory, "b"))) == (["a new message", "y"], 3)
+        assert memory.scan_for("an old message", "asked long ago") == {}
+    with opened(tmp_path / "m.db") as memory:
+        assert memory.namespace("a").ingest(tmp_path / "chat.json") == (1, 1)
+
+
+def test_what_went_by_age_leaves_no_tombstone(memory):
+    fill(memory)
+    exported = io.StringIO()
+    memory.namespace("a").export(exported)
+    assert memory.expire(90)["tombstones"] == 0
+    assert memory.namespace("a").import_(exported.getvalue().splitlines()) == (2, 2)
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """So many seconds pass, for those who wait for the time to look again."""
+    from memory_os import forget
+
+    def wait(seconds=forget.EVERY_S):
+        now = forget.time.monotonic() + seconds
+        monkeypatch.setattr(forget.time, "monotonic", lambda: now)
+
+    return wait
+
+
+ITEM = '{"item": {"path": ["p"], "key": "k", "value": {}, "texts": [], "ttl": null, "created_at": null, %s}}'
+ITEM %= '"updated_at": null, "expires_at": null'
+WRITES = {
+    "add": lambda scope: scope.add("new"),
+    "add_many": lambda scope: scope.add_many([NewSegment("new", "s")]),
+    "replace_many": lambda scope: scope.replace_many([NewSegment("new", "s", key="k")]),
+    "ingest": lambda scope: scope.ingest(io.BytesIO(b"new"), name="x.txt"),
+    "import": lambda scope: scope.import_(['{"memory_os_export": 1}', ITEM]),
+    "chat": lambda scope: scope.chat("new?"),
+    "stream": lambda scope: list(scope.stream("new?")),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_write_looks_for_what_has_become_too_old(tmp_path, later, write):
+    with opened(tmp_path / "m.db", retention_days=300) as memory:
+        fill(memory)
+        memory.parts.retention.days = 90
+        WRITES[write](memory.namespace("b"))
+        assert "a 91" in texts(memory)
+        later()
+        WRITES[write](memory.namespace("b"))
+        assert texts(memory) == ["a 89", "a 1"]
+
+
+def test_a_memory_that_only_reads_looks_when_it_is_closed(tmp_path):
+    with opened(tmp_path / "m.db", retention_days=300) as memory:
+        fill(memory)
+        memory.parts.retention.days = 90
+        memory.namespace("a").search("a")
+    with opened(tmp_path / "m.db") as memory:
+        assert texts(memory) == ["a 89", "a 1"]
+
+
+def test_what_is_said_is_stored_also_where_forgetting_fails_and_it_is_tried_again(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    with opened(tmp_path / "m.db", retention_days=300) as memory:
+        fill(memory)
+        memory.parts.retention.days = 90
+
+        def fails(*_, **__):
+            raise StoreError("cannot delete the bank's file x")
+
+        memory.parts.retention._due = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(memory.parts.store, "delete", fails)
+            memory.namespace("a").add("said now")
+        assert "could not be forgotten: cannot delete the bank's file x" in caplog.text
+        memory.namespace("b").add("and now")
+        assert texts(memory) == ["a 89", "a 1", "said now"]
+        assert "Forgot what is older than 90 days: {'segments': 4," in caplog.text
+        assert "a 91" not in caplog.text
+
+
+def test_a_turn_does_not_wait_for_another_process_that_reads(tmp_path, caplog, monkeypatch):
+    with opened(tmp_path / "m.db", retention_days=300) as memory, closing(sqlite3.connect(tmp_path / "m.db")) as reader:
+        fill(memory)
+        memory.parts.retention.days, memory.parts.retention._due = 90, 0
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM segments").fetchone()
+        waited, scrub = [], memory.parts.store.database.scrub
+        monkeypatch.setattr(
+            memory.parts.store.database,
+            "scrub",
+            lambda *a, patience_s, **k: waited.append(patience_s) or scrub(*a, patience_s=patience_s, **k),
+        )
+        memory.namespace("a").add("said now")
+        assert texts(memory) == ["a 89", "a 1", "said now"]
+        assert set(waited) == {0}
+        assert "'unfinished': " in caplog.text  # a warning
+        reader.rollback()
+        memory.namespace("a").forget(1 + 3, verify=True)
+
+
+@pytest.mark.parametrize(("ahead", "held"), [(300, False), (12 * 365, True)])
+def test_a_clock_that_jumps_ahead_forgets_nothing_until_it_has_run_for_a_day(
+    tmp_path, caplog, monkeypatch, ahead, held
+):
+    from memory_os import forget
+
+    real, days = datetime, ahead
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return real.now(tz) + timedelta(days=days)
+
+    keep = {"retention_days": 90}
+    with opened(tmp_path / "m.db") as memory:
+        for number in range(3):
+            memory.namespace("a").add(f"today {number}")
+    monkeypatch.setattr(forget, "datetime", Clock)
+    for _ in range(2):  # a wrong clock dates what is stored, too
+        with opened(tmp_path / "m.db", **keep) as memory:
+            made = uuid_utils.uuid7(timestamp=int(Clock.now(UTC).timestamp()))
+            memory.namespace("b").add_many([NewSegment("now", "s", id=str(made), created_at=Clock.now(UTC))])
+            assert len(texts(memory)) == (3 if held else 0)
+    assert ("the clock says" in caplog.text) is held
+    days += 2
+    with opened(tmp_path / "m.db", **keep) as memory:
+        assert (len(texts(memory)), len(texts(memory, "b"))) == (0, 2)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +768,60 @@ def test_the_command_shows_what_would_go_and_forgets_exactly_that(memos, tmp_pat
     assert memos("forget", "--query", "nothing", "-k", 1, "--yes", "-n", "empty")[1] == "Forgot 0 segments.\n"
 
 
+WAYS = [
+    (["1"], 1),
+    (["--whole-session", "home"], 2),
+    (["--before", "2100-01-01"], 2),
+    (["--query", "boat", "-k", "2"], 2),
+    (["--everything"], 3),
+]
+
+
+@pytest.mark.parametrize(("way", "n_gone"), WAYS)
+def test_what_comes_while_the_command_asks_is_not_forgotten_but_with_everything(
+    memos, tmp_path, monkeypatch, way, n_gone
+):
+    with opened(tmp_path / "m.db") as memory:
+        for text in ("The boat is blue.", "A boat sails."):
+            memory.namespace("default").session("home").add(text)
+
+    def answer(*_, **__):  # another process meanwhile
+        with opened(tmp_path / "m.db") as memory:
+            memory.namespace("default").session("home").add("boat boat boat")
+        return True
+
+    monkeypatch.setattr(typer, "confirm", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert memos("forget", *way)[:2] == (0, f"Forgot {n_gone} segment{'s' if n_gone > 1 else ''}.\n")
+    with opened(tmp_path / "m.db") as memory:
+        left = texts(memory, "default")
+    assert len(left) == 3 - n_gone
+    assert ("boat boat boat" in left) is (n_gone < 3)
+
+
+def test_what_another_forgets_meanwhile_is_no_error(memos, tmp_path, monkeypatch):
+    with opened(tmp_path / "m.db") as memory:
+        memory.namespace("default").add_many([NewSegment("one", "s"), NewSegment("two", "s")])
+
+    def answer(*_, **__):
+        with opened(tmp_path / "m.db") as memory:
+            memory.namespace("default").forget(1)
+
+    monkeypatch.setattr(typer, "confirm", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert memos("forget", "--whole-session", "s")[:2] == (0, "Forgot 1 segment.\n")
+
+
+def test_by_time_is_of_the_namespace_whatever_session_is_set(memos, tmp_path, monkeypatch):
+    with opened(tmp_path / "m.db") as memory:
+        for session in ("work", "home"):
+            memory.namespace("default").session(session).add(session, created_at="2020-01-01")
+    monkeypatch.setenv("MEMOS_SESSION", "work")
+    assert memos("forget", "--before", "2021-01-01", "--preview")[1] == "Would forget 2 segments.\n"
+    assert memos("forget", "--before", "2021-01-01", "--whole-session", "home", "--yes")[1] == "Forgot 1 segment.\n"
+    assert memos("forget", "--before", "2021-01-01", "--yes")[1] == "Forgot 1 segment.\n"
+
+
 def test_retention_by_command_and_by_setting(memos, tmp_path, monkeypatch):
     path = tmp_path / "m.db"
     with opened(path) as memory:
@@ -625,6 +838,12 @@ def test_retention_by_command_and_by_setting(memos, tmp_path, monkeypatch):
     assert memos("ingest", file, "-n", "a")[0] == 0
     with opened(path) as memory:
         assert (texts(memory), texts(memory, "b")) == (["a 1", "The boat is blue."], ["b 1"])
+    chat = tmp_path / "chat.json"
+    chat.write_text(json.dumps([{"content": "old", "created_at": OLD}]))
+    code, out, err = memos("ingest", chat, "-n", "a")
+    assert (code, out) == (0, "Stored 0 segments.\n")
+    assert "1 are older than retention_days, and are not kept." in err
+    assert json.loads(memos("ingest", chat, "-n", "a", "--json")[1]) == {"stored": 0, "already_there": 0, "too_old": 1}
     assert memos("retain", "-n", "b", "--days", 0.5)[1] == "Forgot 1 segment.\n"
     monkeypatch.setenv("MEMOS_RETENTION_DAYS", "-3")
     code, _, err = memos("ingest", file, "-n", "a")

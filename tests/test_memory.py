@@ -202,3 +202,28 @@ def test_both_vector_indexes_serve_the_facade(tmp_path):
                     memory.namespace("a").add(f"the kite number {i} flew over house {i * 7}")
             texts.append(memory.namespace("a").context("kite 5 house", budget=200).text)
     assert texts[0] == texts[1] != ""
+
+
+def test_an_older_export_takes_back_neither_a_confirmation_nor_a_reply(memory):
+    scope = memory.namespace("a")
+    context = scope.context("Where does she live?", record=True)
+    exports = []
+
+    def export() -> None:
+        exports.append(io.StringIO())
+        scope.export(exports[-1])
+
+    export()
+    scope.add("In Oslo.", role="assistant", reply_to=context)
+    export()
+    for answer in ("In Bergen.", "In Oslo."):
+        scope.confirm(answer=answer)
+        export()
+    newest = scope.why()[0]
+    for each in (*exports, exports[0]):
+        scope.import_(each.getvalue().splitlines())
+        assert scope.why()[0] == newest
+    other = memory.namespace("b")
+    for each in exports:  # a newer one is taken
+        other.import_(each.getvalue().splitlines())
+    assert other.why()[0].confirmation == newest.confirmation

@@ -1,7 +1,11 @@
 """With ``redact``, no secret reaches a byte of the store, a trace, a log or an export, by whatever way it comes in."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 
 import pytest
 from hypothesis import given
@@ -9,7 +13,8 @@ from hypothesis import strategies as st
 
 from memory_os import ConfigError, InvalidInputError, Memory, NewSegment
 from memory_os.adapters.scripted import ScriptedLLM
-from memory_os.redact import secrets
+from memory_os.redact import cleaned, secrets
+from memory_os.types import LLMCall
 
 # put together here, so that no scanner of this repository takes them for real ones
 TAIL = "abcdefghij" + "ABCDEFGHIJ" + "0123456789"
@@ -113,6 +118,43 @@ def test_without_redaction_every_one_of_them_is_there(tmp_path):
     assert found_in(bytes_of(tmp_path / "plain")) == list(SECRETS)
 
 
+KEY_LINES = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(25)]
+LONG_PEM = "\n".join(["-----BEGIN RSA PRIVATE " + "KEY-----", *KEY_LINES, "-----END RSA PRIVATE " + "KEY-----"])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.md", "chat.jsonl"])
+def test_a_secret_that_is_longer_than_a_passage_or_stands_where_it_is_cut_is_redacted_whole(tmp_path, name):
+    text = f"# Keys\n\nBefore.\n\n{LONG_PEM}\n\nAfter.\n\n{'x' * 780} {BARE[5]} {'y' * 900}\n"
+    file = tmp_path / name
+    file.write_text(json.dumps({"content": text}) if name == "chat.jsonl" else text)
+    with Memory.open(tmp_path / "m.db", embedder="hash", redact=True) as memory:
+        alice = memory.namespace("alice")
+        stored, _ = alice.ingest(file)
+        assert alice.ingest(file) == (0, stored)
+        assert memory.scan_for(*KEY_LINES, *KEY_LINES[1::2], BARE[5][:30], BARE[5][-30:]) == {}
+        kept = alice.history(99)
+    whole = secrets(text)
+    assert [s.text for s in kept if s.offset] == [whole[slice(*s.offset)] for s in kept if s.offset]
+    for words in ("Before.", "After.", "[REDACTED:private-key]", "[REDACTED:github-token]"):
+        assert words in "".join(s.text for s in kept)
+
+
+def test_a_function_of_ones_own_sees_a_document_before_it_is_cut(tmp_path):
+    (tmp_path / "notes.txt").write_text("x" * 795 + "Zanzibar and more")
+    own = {"redact": lambda text: text.replace("Zanzibar", "[place]")}
+    with Memory.open(tmp_path / "m.db", embedder="hash", **own) as memory:
+        memory.namespace("alice").ingest(tmp_path / "notes.txt")
+        assert "".join(s.text for s in memory.namespace("alice").history()) == "x" * 795 + "[place] and more"
+
+
+def test_a_key_that_was_cut_off_takes_no_prose_along():
+    head = "\n".join(LONG_PEM.splitlines()[:4])
+    assert secrets(f"{head}\nabc") == "[REDACTED:private-key]"
+    assert secrets(f"{head}\n\nThen we went home.") == "[REDACTED:private-key]\n\nThen we went home."
+    told = f"It begins with {head.splitlines()[0]} and then come lines. {'And so on. ' * 9}"
+    assert secrets(told).endswith(" and then come lines. " + "And so on. " * 9)
+
+
 def test_a_secret_that_is_streamed_in_pieces_is_redacted_whole(tmp_path):
     class Letters(ScriptedLLM):
         def generate(self, messages, *, max_tokens, stop=()):
@@ -180,6 +222,130 @@ def test_the_command_takes_the_setting(tmp_path, monkeypatch):
     flags = ["--store", str(tmp_path / "m.db"), "--embedder", "hash"]
     assert CliRunner().invoke(app, ["ingest", str(tmp_path / "notes.txt"), *flags]).exit_code == 0
     assert found_in(b"".join(path.read_bytes() for path in tmp_path.glob("m.db*"))) == []
+
+
+def test_every_string_of_everything_that_is_stored_is_looked_at(tmp_path):
+    """Whatever fields a trace, an item, a segment, a summary or scores have: each holds a secret of its own."""
+    n = iter(range(10**6))
+    planted = []
+
+    def key() -> str:
+        planted.append(f"ghp_{next(n):040d}")
+        return planted[-1]
+
+    def filled(value):
+        if isinstance(value, Enum):
+            return value
+        if isinstance(value, str):
+            return key()
+        if isinstance(value, tuple):
+            return tuple(map(filled, value))
+        if isinstance(value, Mapping):
+            return {key(): filled(inner) for inner in value.values()}
+        if is_dataclass(value):
+            return replace(value, **{f.name: filled(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    with Memory.open(tmp_path / "m.db", llm=ScriptedLLM(lambda _: "Noted."), embedder="hash", redact=True) as memory:
+        alice, store = memory.namespace("alice"), memory.parts.store
+        told = alice.add("The boat is blue.")
+        alice.session("two").chat("The boat?")
+        trace = replace(
+            alice.confirm(answer="blue", evidence=[told.id]), error="e", notes=("n",), cited=("c",),
+            calls=(LLMCall("p", "v", "a", 1, 1),), flash=("f",), query_id="q", reply_id="r", llm="l",
+        )  # fmt: skip
+        trace = replace(trace, ledger=tuple(replace(entry, flags=("x",)) for entry in trace.ledger))
+        assert trace.ledger
+        store.save_trace(replace(filled(trace), namespace=trace.namespace))
+        names = [f.name for f in fields(trace)]
+        assert len(planted) > len(names)
+        alice.items.put(("p",), "k", {key(): key(), "list": [{key(): [key()]}]}, texts=[(key(), key())])
+        new = NewSegment(key(), "s", speaker=key(), source=key(), key=key(), metadata={key(): [key(), {key(): key()}]})
+        [segment] = alice.add_many([new])
+        assert alice.add_many([new]) == []
+        store.put_summary(alice.labels, segment.id, "method", key())
+        epoch = store.vector_epoch(alice.labels, "")[0]
+        store.put_scores(alice.labels, {"k": {key(): key()}}, epoch=epoch)
+        assert store.read_scores(alice.labels, ["k"]) != {}
+        assert memory.scan_for(*planted) == {}
+        alice.forget(segment.id)
+        assert store.forgotten(alice.labels, [new]) == 1
+        assert memory.scan_for(*planted) == {}
+
+
+def test_names_that_become_equal_are_numbered_and_no_value_is_lost():
+    names = [f"ghp_{n:040d}" for n in range(3)]
+    mark = "[REDACTED:github-token]"
+    left = cleaned({**dict.fromkeys(names, "x"), f"{mark} 2": "y"}, secrets)
+    assert left == {mark: "x", f"{mark} 3": "x", f"{mark} 4": "x", f"{mark} 2": "y"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"password": ["hunter2222"]},
+        {"password": {"value": "hunter2222"}},
+        {"name": "password", "value": "hunter2222"},
+        {"secrets": [{"api_key": [{"text": "hunter2222"}]}]},
+        {"password": 22222222},
+        {"card": 4111111111111111.0},
+        {"lines": LONG_PEM.splitlines()},
+        {"lines": LONG_PEM.splitlines()[:4]},
+    ],
+)  # fmt: skip
+def test_a_secret_is_found_in_whatever_structure_it_stands(value):
+    left = json.dumps(cleaned(value, secrets))
+    assert "[REDACTED:" in left
+    assert not any(secret in left for secret in ("hunter", "2222", "1111", *KEY_LINES))
+    assert cleaned(json.loads(left), secrets) == json.loads(left)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"password": {"type": "string", "description": "What you log in with"}, "n": 4111111111111112, "x": 1.5},
+        {"name": "colour", "value": "blue"},
+        {"lines": ["one", "two", ""], "password": None, "api_key": True, "text": "hello", "max": 1e300},
+        {"max_tokens": 4096, "tokens": 12345678, "created": 1700000000.25},
+    ],
+)  # fmt: skip
+def test_ordinary_data_is_left_as_it_is(value):
+    assert cleaned(value, secrets) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("line\\n{}", "line\\n[REDACTED:github-token]"),
+        ("token%3D{}", "token%3D[REDACTED:github-token]"),
+        ("token\\u003d{}", "token\\u003d[REDACTED:github-token]"),
+        ('{{\\"password\\": \\"hunter2222\\"}}', '{{\\"password\\": \\"[REDACTED:password]\\"}}'),
+        ('password: "abc\ndefgh", and so on', 'password: "[REDACTED:password]", and so on'),
+        ('password: "abc\nand so on', 'password: "[REDACTED:password]\nand so on'),
+        ("http://user:p@ss/word@host/x", "http://user:[REDACTED:url-password]@host/x"),
+        ("http://user:pass@host/x?a=b@c", "http://user:[REDACTED:url-password]@host/x?a=b@c"),
+    ],
+)  # fmt: skip
+def test_escaped_and_broken_text(text, left):
+    key = f"ghp_{7:040d}"
+    assert secrets(text.format(key)) == left.format(key)
+
+
+def test_a_document_whose_id_looks_like_a_secret_is_found_and_deleted(tmp_path):
+    from memory_os.adapters.langchain import MemoryVectorStore
+
+    with Memory.open(tmp_path / "m.db", embedder="hash", redact=True) as memory:
+        store = MemoryVectorStore(memory, namespace=("a",))
+        number = BARE[-1].replace(" ", "")
+        assert store.add_texts(["one", "two"], ids=[number, "plain"]) == [number, "plain"]
+        store.add_texts(["three"], ids=[number])
+        assert [document.page_content for document in store.get_by_ids([number])] == ["three"]
+        assert memory.scan_for(number) == {}
+        store.delete([number])
+        assert [segment.text for segment in memory.namespace("a").history()] == ["two"]
+        store.add_texts(["four"], ids=[number])
+        store.delete()
+        assert memory.namespace("a").history() == []
 
 
 # -- the forms ---------------------------------------------------------------------------------------------------------
