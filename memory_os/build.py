@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from memory_os.address import DatabaseUrl, is_server, without_password
 from memory_os.backlog import Backlog, VectorBacklog
 from memory_os.derive import catch_up
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from memory_os.forget import Retention
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
+    from memory_os.stores.backend import Backend
+    from memory_os.stores.records import Records
 
 __all__ = [
     "CONTROLLERS",
@@ -32,6 +35,7 @@ __all__ = [
     "make_controller",
     "make_embedder",
     "make_llm",
+    "open_database",
     "tokenizer_of",
 ]
 
@@ -102,6 +106,12 @@ def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     return ChromaIndex(store, fingerprint=fingerprint, folder=path.with_name(path.name + ".chroma"))
 
 
+def _pgvector(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+    raise ConfigError(
+        "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+    )
+
+
 def _minilm() -> Embedder:
     from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
 
@@ -121,7 +131,11 @@ CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
 }  # fmt: skip
 ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2", "longmem-free")
 """Controllers that use the LLM, where there is one, before it replies."""
-VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
+VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {
+    "exact": _exact,
+    "chroma": _chroma,
+    "pgvector": _pgvector,
+}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
 ADAPTERS_WITH = {
@@ -131,7 +145,7 @@ ADAPTERS_WITH = {
 
 
 def build_parts(
-    path: str | Path,
+    path: str | Path | DatabaseUrl,
     *,
     llm: str | LLM | BaseChatModel | None,
     embedder: str | Embedder | Embeddings,
@@ -149,7 +163,7 @@ def build_parts(
     :raises ConfigError: for a name that is not known or a package that is missing; nothing was created.
     :raises StoreError: if the database cannot be opened.
     """
-    file = database_path(path)
+    address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
@@ -162,17 +176,23 @@ def build_parts(
 
     from memory_os.adapters.tokenizers import counter_for
     from memory_os.stores.bank import SegmentBank
-    from memory_os.stores.items import SqliteItems
-    from memory_os.stores.manifest import bank_folder
-    from memory_os.stores.sqlite import SqliteStore
+    from memory_os.stores.items import ItemRows
+    from memory_os.stores.records import Records
 
-    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    if isinstance(address, DatabaseUrl) and CachingLLM in chosen_controller.needs:
+        raise ConfigError(
+            f"controller {chosen_controller.name!r} keeps keys and values in files beside the database, and a server "
+            "has no such place: open a file's path, or choose another controller"
+        )
+    database = open_database(address)
+    store = Records(database, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
     try:
-        index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
+        index = _index(vectors, store, chosen_embedder.fingerprint, address)
     except BaseException:
         store.close()
         raise
-    items = SqliteItems(store.database, redact=redact)
+    items = ItemRows(database, redact=redact)
+    folder = database.bank_folder
 
     def count_missing(namespace: Namespace) -> int:
         fingerprint = chosen_embedder.fingerprint
@@ -186,27 +206,64 @@ def build_parts(
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
-        backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
+        backlog=Backlog(store), bank=SegmentBank(database, folder, bank) if folder else None,
         items=items, retention=retention,
     )  # fmt: skip
 
 
-def database_path(path: str | Path) -> Path:
-    """The file that a path or a ``sqlite:///`` URL names.
+def database_address(path: str | Path | DatabaseUrl) -> Path | DatabaseUrl:
+    """The file that a path or a ``sqlite:///`` URL names, or the server's database.
 
     :raises StoreError: for the URL of a database that cannot be used.
     """
+    if isinstance(path, DatabaseUrl):
+        return path
     text = str(path)
+    if is_server(text):
+        return DatabaseUrl(text)
     if "://" in text:
         scheme, _, rest = text.partition("://")
         if scheme != "sqlite" or not rest.startswith("/"):
-            raise StoreError(f"cannot open {text}: give a file's path or sqlite:///path")
+            raise StoreError(
+                f"cannot open {without_password(text)}: give a file's path, sqlite:///path, or "
+                "postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            )
         text = rest[1:]
     if not text:
         raise ConfigError("no database named; give a file's path, such as memory.db")
     if text == ":memory:":
         raise StoreError("memory is kept in a file: give its path; for a trial, one in a temporary folder")
     return Path(text).expanduser().absolute()
+
+
+def open_database(path: str | Path | DatabaseUrl) -> Backend:
+    """The database at an address, with its tables.
+
+    :raises StoreError: if it cannot be opened.
+    """
+    address = database_address(path)
+    if isinstance(address, DatabaseUrl):
+        from memory_os.stores.postgres import Postgres
+
+        return Postgres(address.url)
+    from memory_os.stores.database import Database
+
+    return Database(address)
+
+
+def _index(vectors: str, store: Records, fingerprint: str, address: Path | DatabaseUrl) -> VectorIndex:
+    if isinstance(address, Path):
+        return VECTORS[vectors](store, fingerprint, address)
+    if vectors == "pgvector":
+        from memory_os.stores.pgvector import PgVectorIndex
+
+        return PgVectorIndex(store.database, fingerprint=fingerprint)
+    if vectors == "exact":
+        return VECTORS[vectors](store, fingerprint, Path())
+    raise ConfigError(
+        f"vectors={vectors!r} keeps a folder beside the database's file, and a server has none; "
+        "choose 'exact' or 'pgvector'"
+    )
 
 
 def check_llm(controller: Controller, llm: LLM | None) -> None:

@@ -123,7 +123,7 @@ class Items:
             except Exception as error:  # whatever a foreign model raises: its caller must know what became of the put
                 error.add_note("The items are stored. Their vectors are pending, and are made before the next search.")
                 raise
-            self._store.put_vectors(self._embedder.fingerprint, [row for row, _ in todo], vectors)
+            self._store.put_vectors(self.labels, self._embedder.fingerprint, [row for row, _ in todo], vectors)
             done += len(todo)
             if len(todo) < size:
                 break

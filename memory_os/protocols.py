@@ -785,7 +785,7 @@ class ItemStore(Protocol):
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many such texts there are."""
 
-    def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
+    def put_vectors(self, namespace: Namespace, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
 
     def scan(self, namespace: Namespace, *, now: datetime) -> Iterator[ItemChange]:

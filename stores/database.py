@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from memory_os.errors import SchemaError, StoreError
-from memory_os.stores import scrub
+from memory_os.stores import fts5, residue, scrub
 from memory_os.stores.backup import back_up
+from memory_os.stores.manifest import bank_folder
 from memory_os.stores.schema import HEAD
+from memory_os.types import Namespace
 
 __all__ = ["Database"]
 
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Database:
-    """The connections to one file.
+    """``Backend`` over one file; whose rows a transaction is about makes no difference to it.
 
     :raises StoreError: if it cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
@@ -56,6 +59,16 @@ class Database:
             self.engine.dispose()
             raise
 
+    @property
+    def place(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    @property
+    def bank_folder(self) -> Path:
+        """A folder beside the file."""
+        return bank_folder(self.path)
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
@@ -64,13 +77,13 @@ class Database:
             raise StoreError(_problem(self.path, error.orig)) from error
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One transaction under the write lock: durable when it ends, undone when it raises."""
         with self._translated(), self._writer.begin() as connection:
             yield connection
 
     @contextmanager
-    def read(self) -> Iterator[sa.Connection]:
+    def read(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One consistent view of the data."""
         with self._translated(), self.engine.connect() as connection:
             yield connection
@@ -119,6 +132,52 @@ class Database:
         """Bytes on disk, the write-ahead log included."""
         files = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
         return sum(file.stat().st_size for file in files if file.exists())
+
+    def damage(self, *, deep: bool) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        with self.read() as connection:
+            check = "PRAGMA integrity_check" if deep else "PRAGMA quick_check"
+            lines = connection.exec_driver_sql(check).scalars().all()
+        return [] if lines == ["ok"] else [str(line) for line in lines]
+
+    def lexical_damage(self) -> list[str]:
+        """What FTS5 finds wrong with its index."""
+        try:
+            with self.write() as connection:
+                fts5.check(connection)
+        except StoreError as error:
+            if "damaged" not in str(error):
+                raise
+            return ["the lexical index does not match its entries"]
+        return []
+
+    def broken_keys(self, connection: sa.Connection) -> list[str]:
+        """``table row`` of rows that refer to nothing."""
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        return [f"{table} {row}" for table, row, *_ in broken]
+
+    def settings(self, connection: sa.Connection) -> list[str]:
+        """Where a connection is not as ``_on_connect`` wants it."""
+        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+        return [
+            *([] if journal == "wal" else [f"journal_mode is {journal}, not wal"]),
+            *([] if synchronous == 2 else [f"synchronous is {synchronous}, not 2 (FULL)"]),
+        ]
+
+    def file_faults(self) -> tuple[list[str], list[str]]:
+        """``(files that anybody may write, copies of before an upgrade)``, by name."""
+        files = sorted(self.path.parent.glob(self.path.name + "*"))
+        open_to_all = [file.name for file in files if file.stat().st_mode & stat.S_IWOTH]
+        return open_to_all, [file.name for file in files if ".before-" in file.name]
+
+    def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
+        """Of the database, its log and its copies, the bank, and the Chroma index."""
+        return residue.files_with(self.path, texts)
+
+    def mark(self, connection: sa.Connection, ns: int) -> None:
+        """Note that the files are to be scrubbed; what a crash leaves of it is done when the file is next opened."""
+        scrub.mark(connection)
 
     def scrub(self, gone: set[bytes] | None, *, patience_s: float = scrub.PATIENCE_S) -> bool:
         """Leave nothing in the files of what was deleted; what cannot be done now is done at close or at the next open.

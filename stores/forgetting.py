@@ -16,8 +16,18 @@ from sqlalchemy import select
 
 from memory_os.stores import digest, fulltext, manifest, tombstones
 from memory_os.stores.residue import pieces
-from memory_os.stores.rows import parts
-from memory_os.stores.schema import namespaces, pending, scores, segments, summaries, traces, vectors
+from memory_os.stores.rows import holds, own, parts
+from memory_os.stores.schema import (
+    item_texts,
+    items,
+    namespaces,
+    pending,
+    scores,
+    segments,
+    summaries,
+    traces,
+    vectors,
+)
 from memory_os.trace import trace_from_dict, trace_to_dict, without_text
 
 __all__ = ["Removal", "forget", "remove", "still_held"]
@@ -38,10 +48,12 @@ class Removal(NamedTuple):
     gone: set[bytes] | None
 
 
-def forget(connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False) -> Removal:
+def forget(
+    connection: sa.Connection, bank: Path | None, ns: int, ids: Sequence[str], *, preview: bool = False
+) -> Removal:
     """Delete segments for good, and the summaries of them, with all that was derived from either.
 
-    :param bank: the folder of the bank's files, which are deleted at once.
+    :param bank: the folder of the bank's files, which are deleted at once; ``None`` where there is none.
     :param preview: the transaction will be undone: no file is deleted.
     """
     going = digest.with_summaries(connection, ns, ids)
@@ -64,7 +76,7 @@ def forget(connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *
 
 
 def remove(
-    connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False
+    connection: sa.Connection, bank: Path | None, ns: int, ids: Sequence[str], *, preview: bool = False
 ) -> dict[str, int]:
     """Delete the rows of these segments, and what was derived from them; counts by place."""
     counts = dict.fromkeys(PLACES, 0)
@@ -73,13 +85,12 @@ def remove(
     for part in parts(ids):
         query = select(segments.c.pk).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
         pks = connection.execute(query).scalars().all()
-        own = traces.c.namespace_id == ns
         mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
-        counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
+        counts["traces"] += connection.execute(traces.delete().where(traces.c.namespace_id == ns, mine)).rowcount
         for table in (vectors, summaries, pending):
-            deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
+            deleted = connection.execute(table.delete().where(own(table, ns), table.c.segment_pk.in_(pks)))
             counts[table.name] += deleted.rowcount
-        lengths = fulltext.remove(connection, pks)
+        lengths = fulltext.remove(connection, ns, pks)
         counts["lexical"] += len(lengths)
         connection.execute(
             namespaces.update()
@@ -90,7 +101,8 @@ def remove(
                 epoch=namespaces.c.epoch + 1,
             )
         )
-        counts["segments"] += connection.execute(segments.delete().where(segments.c.pk.in_(pks))).rowcount
+        gone = segments.delete().where(own(segments, ns), segments.c.pk.in_(pks))
+        counts["segments"] += connection.execute(gone).rowcount
     return counts
 
 
@@ -112,7 +124,8 @@ def _pieces(connection: sa.Connection, ns: int, rows: Sequence[sa.Row[Any]]) -> 
         if row.metadata:
             gone |= pieces(json.dumps(row.metadata))
     for part in parts([row.pk for row in rows]):
-        made = connection.execute(select(summaries.c.text).where(summaries.c.segment_pk.in_(part))).scalars()
+        theirs = own(summaries, ns), summaries.c.segment_pk.in_(part)
+        made = connection.execute(select(summaries.c.text).where(*theirs)).scalars()
         gone |= {piece for text in made for piece in pieces(text)}
     for part in parts([row.id for row in rows]):
         mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
@@ -130,9 +143,8 @@ def _told(body: dict[str, Any]) -> set[bytes]:
 
 def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone: set[bytes] | None) -> int:
     """Take out what traces of other turns may quote of these segments; how many traces that were."""
-    written = sa.type_coerce(traces.c.body, sa.Text)
     empty = ('"calls": []', '"confirmation": null', '"error": null')
-    speaks = sa.or_(*(sa.func.instr(written, each) == 0 for each in empty))
+    speaks = sa.or_(*(sa.not_(holds(traces.c.body, each)) for each in empty))
     mine = select(traces.c.id, traces.c.body).where(traces.c.namespace_id == ns, speaks)
     n_blanked = 0
     for id_, body in connection.execute(mine).all():
@@ -148,15 +160,17 @@ def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone
     return n_blanked
 
 
-HELD = """
-    SELECT EXISTS (SELECT 1 FROM segments WHERE instr(text, :t) OR instr(metadata, :j))
-        OR EXISTS (SELECT 1 FROM summaries WHERE instr(text, :t))
-        OR EXISTS (SELECT 1 FROM traces WHERE instr(body, :j))
-        OR EXISTS (SELECT 1 FROM items WHERE instr(value, :j))
-        OR EXISTS (SELECT 1 FROM item_texts WHERE instr(text, :t))"""
-
-
 def still_held(connection: sa.Connection, texts: Collection[str]) -> set[str]:
     """Those of the texts that stand in something that is stored, also as a part of it."""
-    query = sa.text(HELD)
-    return {t for t in texts if connection.execute(query, {"t": t, "j": json.dumps(t)[1:-1]}).scalar_one()}
+    plain = (segments.c.text, summaries.c.text, item_texts.c.text)
+    as_json = (segments.c.metadata, traces.c.body, items.c.value)
+
+    def held(text: str) -> bool:
+        inside = json.dumps(text)[1:-1]
+        forms = [(column, text) for column in plain] + [(column, inside) for column in as_json]
+        return any(
+            connection.execute(select(sa.literal(1)).where(holds(column, form)).limit(1)).first()
+            for column, form in forms
+        )
+
+    return {text for text in texts if held(text)}
