@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
     from memory_os.stores.backend import Backend
-    from memory_os.stores.records import Records
 
 __all__ = [
     "CONTROLLERS",
@@ -107,9 +106,11 @@ def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
 
 
 def _pgvector(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
-    raise ConfigError(
-        "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
-    )
+    from memory_os.stores.pgvector import PgVectorIndex
+    from memory_os.stores.records import Records
+
+    assert isinstance(store, Records)
+    return PgVectorIndex(store.database, fingerprint=fingerprint)
 
 
 def _minilm() -> Embedder:
@@ -170,6 +171,7 @@ def build_parts(
     chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
+    _check_place(vectors, chosen_controller, address)
     counter = _counter(tokenizer, chosen_llm)
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
@@ -179,15 +181,11 @@ def build_parts(
     from memory_os.stores.items import ItemRows
     from memory_os.stores.records import Records
 
-    if isinstance(address, DatabaseUrl) and CachingLLM in chosen_controller.needs:
-        raise ConfigError(
-            f"controller {chosen_controller.name!r} keeps keys and values in files beside the database, and a server "
-            "has no such place: open a file's path, or choose another controller"
-        )
     database = open_database(address)
     store = Records(database, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    beside = address if isinstance(address, Path) else Path()  # where a server's database is, none of ours can be
     try:
-        index = _index(vectors, store, chosen_embedder.fingerprint, address)
+        index = VECTORS[vectors](store, chosen_embedder.fingerprint, beside)
     except BaseException:
         store.close()
         raise
@@ -251,19 +249,24 @@ def open_database(path: str | Path | DatabaseUrl) -> Backend:
     return Database(address)
 
 
-def _index(vectors: str, store: Records, fingerprint: str, address: Path | DatabaseUrl) -> VectorIndex:
+def _check_place(vectors: str, controller: Controller, address: Path | DatabaseUrl) -> None:
+    """Make sure that what is chosen works with this sort of database; before anything is opened."""
     if isinstance(address, Path):
-        return VECTORS[vectors](store, fingerprint, address)
-    if vectors == "pgvector":
-        from memory_os.stores.pgvector import PgVectorIndex
-
-        return PgVectorIndex(store.database, fingerprint=fingerprint)
-    if vectors == "exact":
-        return VECTORS[vectors](store, fingerprint, Path())
-    raise ConfigError(
-        f"vectors={vectors!r} keeps a folder beside the database's file, and a server has none; "
-        "choose 'exact' or 'pgvector'"
-    )
+        if vectors == "pgvector":
+            raise ConfigError(
+                "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            )
+        return
+    if vectors not in ("exact", "pgvector"):
+        raise ConfigError(
+            f"vectors={vectors!r} keeps a folder beside the database's file, and a server has none; "
+            "choose 'exact' or 'pgvector'"
+        )
+    if CachingLLM in controller.needs:
+        raise ConfigError(
+            f"controller {controller.name!r} keeps keys and values in files beside the database, and a server has no "
+            "such place; open a file's path, or choose another controller"
+        )
 
 
 def check_llm(controller: Controller, llm: LLM | None) -> None:

@@ -10,12 +10,13 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from platformdirs import user_config_dir, user_data_dir
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from memory_os.address import DatabaseUrl, is_server
 from memory_os.errors import ConfigError
 from memory_os.turn import Options
 from memory_os.types import BankOptions
@@ -48,12 +49,18 @@ def format_labels(labels: Iterable[str]) -> str:
     return "/".join(label.replace("\\", r"\\").replace("/", r"\/") for label in labels)
 
 
+def _address(value: object) -> object:
+    return DatabaseUrl(value) if isinstance(value, str) and is_server(value) else value
+
+
 class Settings(BaseSettings):
     """Everything that a command can be told; ``memos config`` lists it."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid")
 
-    store: Path = Field(default_factory=lambda: Path(user_data_dir("memory_os")) / "memory.db")
+    store: Annotated[Path | DatabaseUrl, BeforeValidator(_address)] = Field(
+        default_factory=lambda: Path(user_data_dir("memory_os")) / "memory.db"
+    )
     namespace: str = "default"
     session: str | None = None
     llm: str = "smollm2"

@@ -487,13 +487,17 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         Their ids and keys (of summaries the ids) leave tombstones: ``append`` leaves them out from then on. Traces of
         other turns lose the words that may quote them. No file of the store holds their text when it returns, unless
         ``unfinished`` is 1: then another process reads what was before; it is done at ``close`` or at the next open.
+        On a database server its tables are cleaned by VACUUM instead; ``unfinished`` is 1 where that was not possible.
 
         :param items: also every item of the namespace, in the same transaction.
         :param preview: only count.
         """
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
-        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with the texts."""
+        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with the texts.
+
+        A database server's files are not looked at.
+        """
 
     def still_held(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that something stored has in it, in any namespace."""

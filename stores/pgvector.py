@@ -125,7 +125,7 @@ class PgVectorIndex:
             if self._exists(connection):
                 ns, _ = locate(connection, namespace)
                 told = {"ns": ns, "vector": _as_text(vector), "ids": list(ids)}
-                found = dict(connection.execute(query, told).tuples().all())
+                found = {id_: float(cosine) for id_, cosine in connection.execute(query, told)}
         return np.array([found.get(id_, 0.0) for id_ in ids], dtype=np.float32)
 
     def ids(self, namespace: Namespace) -> set[str]:

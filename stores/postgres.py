@@ -36,6 +36,11 @@ CONNECT_TIMEOUT_S = 10
 LOCK_TIMEOUT_S = 60
 POOL, MORE = 5, 27
 """Connections that stay open, and how many more there may be at a time; as many again for readers."""
+# a client that is gone, or stands still, does not keep its namespace locked for hours
+OPTIONS = (
+    f"-c lock_timeout={LOCK_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LOCK_TIMEOUT_S}s "
+    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
+)
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
@@ -322,7 +327,7 @@ def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
             "cursor_factory": BinaryCursor,
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": "memory_os",
-            **({} if "options" in address.query else {"options": f"-c lock_timeout={LOCK_TIMEOUT_S}s"}),
+            **({} if "options" in address.query else {"options": OPTIONS}),
         },
     )
     if read_only:
@@ -359,8 +364,10 @@ def _problem(error: sa.exc.DBAPIError) -> str | Exception:
     """What is wrong and what helps, in one line."""
     import psycopg
 
-    text = " ".join(str(error.orig).split())
     code = getattr(error.orig, "sqlstate", None)
+    # of what the server says the first line: its details may repeat what was to be stored
+    text = error.orig.diag.message_primary if isinstance(error.orig, psycopg.Error) else None
+    text = " ".join((text or str(error.orig)).split())
     if "NUL" in text and isinstance(error.orig, psycopg.DataError):
         return InvalidInputError("a NUL character cannot be stored in PostgreSQL; remove it")
     if code == "54000":  # program_limit_exceeded: a key that no index entry holds

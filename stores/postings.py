@@ -24,7 +24,10 @@ __all__ = ["add", "clear", "compact", "faults", "newest", "read", "remove"]
 
 PAIRS = "unnest(CAST(:terms AS bigint[]), CAST(:pks AS bigint[])) AS p(term, pk)"
 ADD_ENTRY = sa.text("INSERT INTO lexical (namespace_id, segment_pk, terms) VALUES (:ns, :pk, :terms)")
-ADD_TERMS = sa.text(f"INSERT INTO postings (namespace_id, term, segment_pk) SELECT :ns, p.term, p.pk FROM {PAIRS}")
+ADD_TERMS = sa.text(
+    f"INSERT INTO postings (namespace_id, term, segment_pk) SELECT :ns, p.term, p.pk FROM {PAIRS} "
+    "ON CONFLICT DO NOTHING"  # what is there of an entry that was lost
+)
 REMOVE_ENTRIES = sa.text(
     "DELETE FROM lexical WHERE namespace_id = :ns AND segment_pk = ANY(CAST(:pks AS bigint[])) "
     "RETURNING segment_pk, terms"
@@ -88,7 +91,7 @@ def clear(connection: sa.Connection) -> None:
 
 def faults(connection: sa.Connection, ns: int) -> list[int]:
     """Rows of the namespace whose terms in the inverted index are not those of their entry."""
-    there: dict[int, int] = dict(connection.execute(SUMS, {"ns": ns}).tuples().all())
+    there: dict[int, int] = {pk: int(total) for pk, total in connection.execute(SUMS, {"ns": ns})}
     meant = {pk: reduce(xor, _numbers(ns, terms.split()), 0) for pk, terms in connection.execute(ENTRIES, {"ns": ns})}
     return sorted(pk for pk in there.keys() | meant.keys() if there.get(pk, 0) != meant.get(pk, 0))
 

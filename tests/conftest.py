@@ -173,17 +173,32 @@ def postgres_server() -> Iterator[PostgresServer]:
     server.remove()
 
 
+class NewPlace:
+    """Makes empty databases of one kind: the path of a file that is not there yet, or a URL."""
+
+    def __init__(self, kind: str, make: Callable[[], Path | str]) -> None:
+        self.kind, self.make = kind, make
+
+    def __call__(self, *, shared: bool = False) -> Path | str:
+        """A new one; ``shared``: on a server, where making one takes its time, the one of others who said so."""
+        return self.shared if shared and self.kind == "postgres" else self.make()
+
+    @cached_property
+    def shared(self) -> Path | str:
+        return self.make()
+
+
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
-def new_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path | str]:
-    """Makes empty databases of either kind: the path of a file that is not there yet, or a URL."""
+def new_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NewPlace:
+    """Databases of either kind."""
     if request.param == "sqlite":
-        return lambda: tmp_path_factory.mktemp("store") / "memory.db"
+        return NewPlace("sqlite", lambda: tmp_path_factory.mktemp("store") / "memory.db")
     server = request.getfixturevalue("postgres_server")
-    return lambda: server.url(server.new())
+    return NewPlace("postgres", lambda: server.url(server.new()))
 
 
 @pytest.fixture
-def place(new_place: Callable[[], Path | str]) -> Path | str:
+def place(new_place: NewPlace) -> Path | str:
     """An empty database of either kind."""
     return new_place()
 

@@ -21,7 +21,8 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 
 # What the middle folders may see of the core, and who may see more.
 VALUES = {
-    "address", "certainty", "echo", "errors", "evidence", "fence", "lexical", "protocols", "quotes", "redact", "types", "weights",
+    "address", "certainty", "echo", "errors", "evidence", "fence", "lexical", "protocols", "quotes", "redact", "types",
+    "weights",
 }  # fmt: skip
 EXCEPTIONS = {
     "stores/records.py": {"trace"},  # traces to JSON and back
@@ -43,7 +44,8 @@ WIRES_LAZILY = {"memory_os/__init__.py", "memory_os/memory.py", "memory_os/aio.p
 
 HEAVY = {
     "alembic", "chromadb", "langchain", "langchain_core", "langgraph", "pydantic", "pydantic_settings",
-    "httpx", "matplotlib", "pgvector", "psycopg", "sentence_transformers", "sqlalchemy", "tenacity", "tiktoken", "torch", "transformers",
+    "httpx", "matplotlib", "pgvector", "psycopg", "sentence_transformers", "sqlalchemy",
+    "tenacity", "tiktoken", "torch", "transformers",
 }  # fmt: skip
 HEAVY_AT_TOP = {"stores": {"sqlalchemy", "alembic"}, "memory_os/config.py": {"pydantic", "pydantic_settings"}}
 
