@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 __all__ = ["DatabaseUrl", "is_server", "without_password"]
 
@@ -31,7 +30,7 @@ def without_password(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseUrl:
-    """The URL of a PostgreSQL database, which is shown without its password."""
+    """The URL of a database, which is shown without its password."""
 
     url: str = field(repr=False)
 
@@ -39,8 +38,3 @@ class DatabaseUrl:
         return without_password(self.url)
 
     __repr__ = __str__
-
-    @property
-    def name(self) -> str:
-        """The database's name."""
-        return urlsplit(self.url).path.lstrip("/")

@@ -214,9 +214,7 @@ def database_address(path: str | Path | DatabaseUrl) -> Path | DatabaseUrl:
 
     :raises StoreError: for the URL of a database that cannot be used.
     """
-    if isinstance(path, DatabaseUrl):
-        return path
-    text = str(path)
+    text = path.url if isinstance(path, DatabaseUrl) else str(path)
     if is_server(text):
         return DatabaseUrl(text)
     if "://" in text:

@@ -16,7 +16,7 @@ from platformdirs import user_config_dir, user_data_dir
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from memory_os.address import DatabaseUrl, is_server
+from memory_os.address import DatabaseUrl
 from memory_os.errors import ConfigError
 from memory_os.turn import Options
 from memory_os.types import BankOptions
@@ -50,7 +50,10 @@ def format_labels(labels: Iterable[str]) -> str:
 
 
 def _address(value: object) -> object:
-    return DatabaseUrl(value) if isinstance(value, str) and is_server(value) else value
+    """A URL as such: as a path it would lose a slash, and be shown with its password."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return value.removeprefix("sqlite://") if value.startswith("sqlite:///") else DatabaseUrl(value)
 
 
 class Settings(BaseSettings):

@@ -28,7 +28,8 @@ EXACT_UP_TO = 20_000
 """A namespace with more vectors than this is searched by HNSW: reading so many of 384 numbers takes some 10 ms."""
 MOST_WALKED = 200_000
 """So many rows, at most, are looked at before a search by HNSW gives what it has found."""
-BATCH = 5000
+BATCH = 500
+"""Rows that are added in one transaction: the graph takes some milliseconds for each, and writers wait meanwhile."""
 MAX_DIMENSION = 2000
 """Of what an HNSW index of pgvector holds; longer vectors are searched exactly."""
 OLDEST = (0, 8)
