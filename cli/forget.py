@@ -140,8 +140,12 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path | Da
         )
     if counts.get("residue"):
         talk.print(f"{counts['residue']} files still hold some of the text.", style="yellow")
-    elif "residue" in counts and in_files:
-        talk.print("Verified: no file of the store holds the text.")
+    elif "residue" in counts:
+        talk.print(
+            "Verified: no file of the store holds the text."
+            if in_files
+            else "The files of a database server are not looked at: they are its administrator's."
+        )
     copies = sorted(store.parent.glob(f"{store.name}.before-*")) if isinstance(store, Path) else []
     if counts["segments"] and copies and not preview:
         names = ", ".join(copy.name for copy in copies)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PgVectorIndex"]
 
 EXACT_UP_TO = 20_000
-"""A namespace with more vectors than this is searched by HNSW: reading so many of 384 numbers takes some 10 ms."""
+"""A namespace with more vectors than this is searched by HNSW: so many of 384 numbers took 67 ms on two busy cores."""
 MOST_WALKED = 200_000
 """So many rows, at most, are looked at before a search by HNSW gives what it has found."""
 BATCH = 500

@@ -178,6 +178,7 @@ class NewPlace:
 
     def __init__(self, kind: str, make: Callable[[], Path | str]) -> None:
         self.kind, self.make = kind, make
+        self.n_examples: dict[str, int] = {}
 
     def __call__(self, *, shared: bool = False) -> Path | str:
         """A new one; ``shared``: on a server, where making one takes its time, the one of others who said so."""
@@ -186,6 +187,12 @@ class NewPlace:
     @cached_property
     def shared(self) -> Path | str:
         return self.make()
+
+    def enough(self, n: int) -> bool:
+        """Whether a test has had so many examples, and needs no more: on a server, where each takes its time."""
+        name = os.environ["PYTEST_CURRENT_TEST"]
+        self.n_examples[name] = self.n_examples.get(name, 0) + 1
+        return self.kind == "postgres" and self.n_examples[name] > n
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])

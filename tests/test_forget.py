@@ -583,7 +583,7 @@ def test_the_command_shows_what_would_go_and_forgets_exactly_that(memos, place, 
     if isinstance(place, Path):
         assert "Verified: no file of the store holds the text." in err
     else:
-        assert "the files of a database server are not looked at" in err
+        assert "The files of a database server are not looked at" in err
         assert "Verified" not in err
     code, out, err = memos("ingest", file)
     assert out == "Stored 0 segments; 2 were already there.\n"
