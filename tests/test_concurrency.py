@@ -97,7 +97,7 @@ class Process:
         self.process.stdin.flush()
 
     def result(self) -> dict:
-        out, err = self.process.communicate(timeout=300)
+        out, err = self.process.communicate(timeout=600)
         assert self.process.returncode == 0, err
         assert err == ""
         return json.loads(out)
