@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from memory_os.address import without_password
-from memory_os.errors import InvalidInputError, MissingExtraError, SchemaError, StoreError
+from memory_os.errors import MissingExtraError, SchemaError, StoreError
 from memory_os.stores import postings
 from memory_os.stores.backend import PATIENCE_S, TryAgain
 from memory_os.stores.partitions import SETTING, part_of
+from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, problem
 from memory_os.stores.rows import as_labels
 from memory_os.stores.schema import HEAD
 from memory_os.types import Namespace
@@ -33,7 +34,6 @@ __all__ = ["Postgres"]
 
 OLDEST = 14
 CONNECT_TIMEOUT_S = 10
-LOCK_TIMEOUT_S = 60
 POOL, MORE = 5, 27
 """Connections that stay open, and how many more there may be at a time; as many again for readers."""
 # a client that is gone, or stands still, does not keep its namespace locked for hours
@@ -45,9 +45,6 @@ MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
 STILL_SEEN = re.compile(r"(\d+) are dead but not yet removable")
-UNDONE = {"40001", "40P01"}  # serialization_failure, deadlock_detected
-GONE = {"57P01", "57P02", "57P03", "08000", "08001", "08003", "08004", "08006"}  # the server ended, or is starting
-
 log = logging.getLogger(__name__)
 
 
@@ -93,7 +90,7 @@ class Postgres:
                 f"{self.place}: {POOL + MORE} calls at a time are all that it takes; make fewer"
             ) from error
         except sa.exc.DBAPIError as error:
-            raise self._error(error) from _bare(error)
+            raise self._error(error) from bare(error)
 
     @contextmanager
     def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
@@ -108,7 +105,7 @@ class Postgres:
             try:
                 transaction.commit()
             except sa.exc.DBAPIError as error:
-                if not (_is_lost(error) and self._was_committed(number)):
+                if not (is_lost(error) and self._was_committed(number)):
                     raise
 
     @contextmanager
@@ -149,13 +146,13 @@ class Postgres:
         return status == "committed"
 
     def _error(self, error: sa.exc.DBAPIError) -> Exception:
-        problem = _problem(error)
+        told = problem(error)
         code = getattr(error.orig, "sqlstate", None)
-        if isinstance(problem, Exception):
-            return problem
-        if code in UNDONE or (self._opened and _is_lost(error)):
-            return TryAgain(f"{self.place}: {problem}; nothing was changed")
-        return StoreError(f"{self.place}: {problem}; nothing was changed")
+        if isinstance(told, Exception):
+            return told
+        if code in UNDONE or (self._opened and is_lost(error)):
+            return TryAgain(f"{self.place}: {told}; nothing was changed")
+        return StoreError(f"{self.place}: {told}; nothing was changed")
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -344,61 +341,6 @@ def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "N
     told = "*" if namespace is None else as_labels(namespace)
     query = sa.text(f"SELECT set_config('{SETTING}', :told, true), {also}")
     return str(connection.execute(query, {"told": told}).one()[1])
-
-
-def _is_lost(error: sa.exc.DBAPIError) -> bool:
-    """Whether the connection is gone, or none was to be had."""
-    import psycopg
-
-    code = getattr(error.orig, "sqlstate", None)
-    no_answer = isinstance(error.orig, psycopg.OperationalError) and code is None
-    return error.connection_invalidated or code in GONE or no_answer
-
-
-def _bare(error: sa.exc.DBAPIError) -> BaseException:
-    """The driver's own error: SQLAlchemy's repeats the statement."""
-    return error.orig or error
-
-
-def _problem(error: sa.exc.DBAPIError) -> str | Exception:
-    """What is wrong and what helps, in one line."""
-    import psycopg
-
-    code = getattr(error.orig, "sqlstate", None)
-    # of what the server says the first line: its details may repeat what was to be stored
-    text = error.orig.diag.message_primary if isinstance(error.orig, psycopg.Error) else None
-    text = " ".join((text or str(error.orig)).split())
-    if "NUL" in text and isinstance(error.orig, psycopg.DataError):
-        return InvalidInputError("a NUL character cannot be stored in PostgreSQL; remove it")
-    if code == "54000":  # program_limit_exceeded: a key that no index entry holds
-        return (
-            "a session, id, key, path or namespace is longer than the 2,500 bytes of UTF-8 that an index of PostgreSQL "
-            "holds; use a shorter one"
-        )
-    for said, problem in _SAID.items():
-        if said in text:
-            return problem
-    if re.search(r'database "[^"]*" does not exist', text):
-        return "there is no such database; make it: createdb --encoding=UTF8 --template=template0 NAME"
-    if re.search(r'role "[^"]*" does not exist', text):
-        return "there is no such user; make it: createuser NAME"
-    if code == "42501":
-        return f"the user may not do this ({text}); let it own the database, or grant it what is missing"
-    if code == "55P03":
-        return f"another one held the lock for {LOCK_TIMEOUT_S} s; try again"
-    if code in ("53100", "53200", "53300"):
-        return f"the server has no room ({text}); free some disk, memory or connections and try again"
-    if _is_lost(error):
-        return f"the server does not answer ({text}); see that it runs, and that host and port are right"
-    return text
-
-
-_SAID = {
-    "password authentication failed": "user or password is wrong; correct the URL",
-    "no password supplied": "the server wants a password, and the URL has none; write postgresql+psycopg://USER:PASSWORD@...",
-    "no pg_hba.conf entry": "the server lets nobody in from here as this user; add a line to its pg_hba.conf",
-    "too many clients": "the server has no connection left; close some, or raise its max_connections",
-}
 
 
 def _revision_of(connection: sa.Connection) -> str | None:

@@ -34,6 +34,7 @@ from memory_os.stores.schema import metadata
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
+COMMIT = b"COMMIT\0"  # the statement, and not the COMMITTED of another
 
 
 @pytest.fixture
@@ -324,7 +325,7 @@ def network(postgres_server):
 
 
 @pytest.mark.parametrize("heard", [True, False], ids=["the answer is lost", "the word is lost"])
-@pytest.mark.parametrize("word", [b"COMMIT", b"INSERT INTO segments", b"pending", b"memos.namespace"])
+@pytest.mark.parametrize("word", [COMMIT, b"INSERT INTO segments", b"pending", b"memos.namespace"])
 def test_a_connection_that_is_lost_stores_nothing_twice_and_loses_nothing(far, network, word, heard):
     add(far, ALICE, "before")
     network.word, network.heard = word, heard
@@ -377,7 +378,7 @@ def test_a_server_that_stays_away_is_one_clear_error(far, network, monkeypatch):
 def test_nobody_says_stored_or_not_stored_where_nobody_knows(far, network, monkeypatch):
     monkeypatch.setattr(postgres_module, "PATIENCE_S", 0.5)
     add(far, ALICE, "before")
-    network.word, network.then_refuses = b"COMMIT", True
+    network.word, network.then_refuses = COMMIT, True
     with pytest.raises(StoreError, match="cannot be asked whether it was; look for it"):
         add(far, ALICE, "perhaps")
 
