@@ -29,7 +29,14 @@ __all__ = [
     "opened",
 ]
 
-Store = Annotated[str | None, typer.Option("--store", help="The database file.", rich_help_panel="Settings")]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="The database file, or postgresql+psycopg://USER:PASSWORD@HOST/NAME.",
+        rich_help_panel="Settings",
+    ),
+]
 Namespace = Annotated[
     str | None,
     typer.Option(
@@ -49,7 +56,9 @@ Llm = Annotated[
 Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
-Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
+Vectors = Annotated[
+    str | None, typer.Option("--vectors", help="exact, chroma or pgvector.", rich_help_panel="Settings")
+]
 Controller = Annotated[
     str | None,
     typer.Option("--controller", help="auto, scm, xl3m, alr2, longmem-free or recency.", rich_help_panel="Settings"),
@@ -84,7 +93,7 @@ def opened(
     asks = settings.controller in ASKING
     llm = llm or (decides and asks)
     controller = "auto" if asks and not llm else settings.controller  # nothing is decided, so nobody is asked
-    if origins["store"].source == "default":
+    if origins["store"].source == "default" and isinstance(settings.store, Path):
         settings.store.parent.mkdir(parents=True, exist_ok=True)
     with Memory.open(
         settings.store,

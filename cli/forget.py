@@ -13,12 +13,15 @@ from memory_os.cli import render
 from memory_os.cli.common import Embedder, Json, Namespace, Store, Vectors, old_history, opened
 
 if TYPE_CHECKING:
+    from memory_os.address import DatabaseUrl
     from memory_os.types import Segment
 
 __all__ = ["forget", "retain"]
 
 SHOWN = 20
-Verify = Annotated[bool, typer.Option("--verify", help="Then read every file of the store for the text.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Then read every file of the store for the text; a server's are not read.")
+]
 
 
 def forget(
@@ -123,15 +126,19 @@ def _show(going: Sequence[Segment]) -> None:
         talk.print(f"and {len(going) - SHOWN} more")
 
 
-def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> None:
+def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path | DatabaseUrl) -> None:
     if json:
         render.print_json(dict(counts))
         return
     render.out().print(f"{'Would forget' if preview else 'Forgot'} {_going(counts)}.")
     talk = render.talk()
+    in_files = isinstance(store, Path)
     if counts.get("unfinished"):
         talk.print(
-            "Another process is reading the store: its files hold the text until the store is next opened.",
+            "Another process is reading the store: its files hold the text until the store is next opened."
+            if in_files
+            else "The rows are gone, but the tables could not be cleaned of them: somebody still reads the database as "
+            "it was, or the tables are another role's. Have their owner run VACUUM.",
             style="yellow",
         )
     if counts.get("residue"):
@@ -139,8 +146,12 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> 
     elif "residue" in counts:
         held = counts["still_held"]
         but = f", but for {held} of the texts, which something still stored says too" if held else ""
-        talk.print(f"Verified: no file of the store holds the text{but}.")
-    copies = sorted(store.parent.glob(f"{store.name}.before-*"))
+        talk.print(
+            f"Verified: no file of the store holds the text{but}."
+            if in_files
+            else "The files of a database server are not looked at: they are its administrator's."
+        )
+    copies = sorted(store.parent.glob(f"{store.name}.before-*")) if isinstance(store, Path) else []
     if counts["segments"] and copies and not preview:
         names = ", ".join(copy.name for copy in copies)
         talk.print(render.plain(f"Copies from before an upgrade are as they were; delete them: {names}", "yellow"))

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from memory_os.address import DatabaseUrl, is_server, without_password
 from memory_os.backlog import Backlog, Made, VectorBacklog
 from memory_os.derive import embed
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from memory_os.forget import Retention
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
+    from memory_os.stores.backend import Backend
 
 __all__ = [
     "CONTROLLERS",
@@ -34,6 +36,7 @@ __all__ = [
     "make_controller",
     "make_embedder",
     "make_llm",
+    "open_database",
     "tokenizer_of",
 ]
 
@@ -104,6 +107,14 @@ def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     return ChromaIndex(store, fingerprint=fingerprint, folder=folder_of(path))
 
 
+def _pgvector(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+    from memory_os.stores.pgvector import PgVectorIndex
+    from memory_os.stores.records import Records
+
+    assert isinstance(store, Records)
+    return PgVectorIndex(store.database, fingerprint=fingerprint)
+
+
 def _minilm() -> Embedder:
     from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
 
@@ -123,7 +134,11 @@ CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
 }  # fmt: skip
 ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2", "longmem-free")
 """Controllers that use the LLM, where there is one, before it replies."""
-VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
+VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {
+    "exact": _exact,
+    "chroma": _chroma,
+    "pgvector": _pgvector,
+}
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
 ADAPTERS_WITH = {
@@ -133,7 +148,7 @@ ADAPTERS_WITH = {
 
 
 def build_parts(
-    path: str | Path,
+    path: str | Path | DatabaseUrl,
     *,
     llm: str | LLM | BaseChatModel | None,
     embedder: str | Embedder | Embeddings,
@@ -154,30 +169,33 @@ def build_parts(
     for what, name in (("LLM", llm), ("embedder", embedder), ("controller", controller), ("tokenizer", tokenizer)):
         if isinstance(name, str):
             as_ref(name, what)
-    file = database_path(path)
+    address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
     chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
     if vectors not in VECTORS:
         raise UnknownNameError("vector index", vectors, VECTORS)
+    _check_place(vectors, chosen_controller, address)
     counter = _counter(tokenizer, chosen_llm)
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
 
     from memory_os.adapters.tokenizers import counter_for
     from memory_os.stores.bank import SegmentBank
-    from memory_os.stores.items import SqliteItems
-    from memory_os.stores.manifest import bank_folder
-    from memory_os.stores.sqlite import SqliteStore
+    from memory_os.stores.items import ItemRows
+    from memory_os.stores.records import Records
 
-    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    database = open_database(address)
+    store = Records(database, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    beside = address if isinstance(address, Path) else Path()  # where a server's database is, none of ours can be
     try:
-        index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
+        index = VECTORS[vectors](store, chosen_embedder.fingerprint, beside)
     except BaseException:
         store.close()
         raise
-    items = SqliteItems(store.database, redact=redact)
+    items = ItemRows(database, redact=redact)
+    folder = database.bank_folder
 
     def count_missing(namespace: Namespace) -> int:
         fingerprint = chosen_embedder.fingerprint
@@ -192,21 +210,26 @@ def build_parts(
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
-        backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
+        backlog=Backlog(store), bank=SegmentBank(database, folder, bank) if folder else None,
         items=items, retention=retention,
     )  # fmt: skip
 
 
-def database_path(path: str | Path) -> Path:
-    """The file that a path or a ``sqlite:///`` URL names.
+def database_address(path: str | Path | DatabaseUrl) -> Path | DatabaseUrl:
+    """The file that a path or a ``sqlite:///`` URL names, or the server's database.
 
     :raises StoreError: for the URL of a database that cannot be used.
     """
-    text = str(path)
+    text = path.url if isinstance(path, DatabaseUrl) else str(path)
+    if is_server(text):
+        return DatabaseUrl(text)
     if "://" in text:
         scheme, _, rest = text.partition("://")
         if scheme != "sqlite" or not rest.startswith("/"):
-            raise StoreError(f"cannot open {text}: give a file's path or sqlite:///path")
+            raise StoreError(
+                f"cannot open {without_password(text)}: give a file's path, sqlite:///path, or "
+                "postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            )
         text = rest[1:]
     if not text:
         raise ConfigError("no database named; give a file's path, such as memory.db")
@@ -220,6 +243,41 @@ def database_path(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long; a NUL or no UTF-8; a home that is nobody's
         raise StoreError(f"cannot open {text[:200]!r}: {error}; name another file") from error
     return file
+
+
+def open_database(path: str | Path | DatabaseUrl) -> Backend:
+    """The database at an address, with its tables.
+
+    :raises StoreError: if it cannot be opened.
+    """
+    address = database_address(path)
+    if isinstance(address, DatabaseUrl):
+        from memory_os.stores.postgres import Postgres
+
+        return Postgres(address.url)
+    from memory_os.stores.database import Database
+
+    return Database(address)
+
+
+def _check_place(vectors: str, controller: Controller, address: Path | DatabaseUrl) -> None:
+    """Make sure that what is chosen works with this sort of database; before anything is opened."""
+    if isinstance(address, Path):
+        if vectors == "pgvector":
+            raise ConfigError(
+                "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+            )
+        return
+    if vectors not in ("exact", "pgvector"):
+        raise ConfigError(
+            f"vectors={vectors!r} keeps a folder beside the database's file, and a server has none; "
+            "choose 'exact' or 'pgvector'"
+        )
+    if CachingLLM in controller.needs:
+        raise ConfigError(
+            f"controller {controller.name!r} keeps keys and values in files beside the database, and a server has no "
+            "such place; open a file's path, or choose another controller"
+        )
 
 
 def check_llm(controller: Controller, llm: LLM | None) -> None:

@@ -10,12 +10,13 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from platformdirs import user_config_dir, user_data_dir
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from memory_os.address import DatabaseUrl
 from memory_os.errors import ConfigError
 from memory_os.limits import is_storable
 from memory_os.turn import Options
@@ -49,12 +50,21 @@ def format_labels(labels: Iterable[str]) -> str:
     return "/".join(label.replace("\\", r"\\").replace("/", r"\/") for label in labels)
 
 
+def _address(value: object) -> object:
+    """A URL as such: as a path it would lose a slash, and be shown with its password."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return value.removeprefix("sqlite://") if value.startswith("sqlite:///") else DatabaseUrl(value)
+
+
 class Settings(BaseSettings):
     """Everything that a command can be told; ``memos config`` lists it."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid")
 
-    store: Path = Field(default_factory=lambda: Path(user_data_dir("memory_os")) / "memory.db")
+    store: Annotated[Path | DatabaseUrl, BeforeValidator(_address)] = Field(
+        default_factory=lambda: Path(user_data_dir("memory_os")) / "memory.db"
+    )
     namespace: str = "default"
     session: str | None = None
     llm: str = "smollm2"

@@ -28,7 +28,7 @@ FIXES = {
     "integrity": BY_HAND,
     "wrong_seq": f"memos doctor --repair --deep, where the counter is behind; else {BY_HAND}",
     "traces": "forget the turn, or restore a backup or an export",
-    "settings": "move the file to a local disk, which can keep a write-ahead log",
+    "settings": "move the file to a local disk, which can keep a write-ahead log; of a server, turn on what is off",
     "permissions": "let nobody else write it: chmod o-w FILE",
     "lost_sources": "the summaries are of segments that are not here, as after the import of a session",
     "copies": "made before an upgrade, with what was forgotten since; delete them when all is well",

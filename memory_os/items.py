@@ -125,7 +125,7 @@ class Items:
             if not todo:
                 break
             vectors = self._embedder.embed_documents([text for _, text in todo])
-            self._store.put_vectors(self._embedder.fingerprint, [row for row, _ in todo], vectors)
+            self._store.put_vectors(self.labels, self._embedder.fingerprint, [row for row, _ in todo], vectors)
             done += len(todo)
             if len(todo) < size:
                 break

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel
 
+    from memory_os.address import DatabaseUrl
     from memory_os.aligned import AlignedReport
     from memory_os.bank import LLMBank
     from memory_os.examples import Examples
@@ -87,7 +88,7 @@ class Memory:
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        path: str | Path | DatabaseUrl,
         *,
         llm: str | LLM | BaseChatModel | None = None,
         embedder: str | Embedder | Embeddings = "minilm",
@@ -100,13 +101,16 @@ class Memory:
         redact: bool | Callable[[str], str] = False,
         **options: Any,
     ) -> Self:
-        """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
+        """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing; or a PostgreSQL database.
+
+        That is named by ``postgresql+psycopg://USER:PASSWORD@HOST/NAME``, and gets its tables when it is first opened.
+        It has no bank of keys and values: a controller that needs one is refused.
 
         :param llm: ``"smollm2"``, ``"hf:NAME"``, ``"URL#MODEL"``, ``"provider:model"`` or an object, a LangChain chat
             model among them; for every verb that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
             ``Embeddings`` among them.
-        :param vectors: ``"exact"`` or ``"chroma"``.
+        :param vectors: ``"exact"``, ``"chroma"`` or, in PostgreSQL, ``"pgvector"``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
@@ -178,7 +182,8 @@ class Memory:
         """``{file: texts}``: in which files of the store any of these texts stands, byte by byte, whatever holds it.
 
         Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank and the Chroma
-        index. Text that is stored is found, of course: this is to see that what was forgotten is not.
+        index. Text that is stored is found, of course: this is to see that what was forgotten is not. The files of a
+        database server are not looked at, and a warning says so: its pages, log and backups are its administrator's.
         """
         return self.parts.store.files_with([check_text(text) for text in texts])
 

@@ -532,7 +532,10 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         """
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
-        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with the texts."""
+        """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with the texts.
+
+        A database server's files are not looked at.
+        """
 
     def still_held(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that something stored has in it, in any namespace."""
@@ -846,7 +849,7 @@ class ItemStore(Protocol):
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many such texts there are."""
 
-    def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
+    def put_vectors(self, namespace: Namespace, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
 
     def read_vectors(self, namespace: Namespace, fingerprint: str) -> tuple[list[int], list[str], Matrix]:

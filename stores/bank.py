@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 from memory_os.errors import StoreError
 from memory_os.protocols import KV, BankStatus
 from memory_os.stores import kvfile, manifest
+from memory_os.stores.backend import Backend
 from memory_os.stores.chunks import Table, mean_keys
-from memory_os.stores.database import Database
 from memory_os.stores.manifest import Entry
 from memory_os.types import BankOptions, Namespace
 
@@ -61,7 +61,7 @@ class SegmentBank:
     :param folder: made with the first entry; see ``manifest.bank_folder``.
     """
 
-    def __init__(self, database: Database, folder: Path, options: BankOptions) -> None:
+    def __init__(self, database: Backend, folder: Path, options: BankOptions) -> None:
         self._database = database
         self._folder = folder
         self._options = options

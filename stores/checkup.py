@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from memory_os.errors import StoreError
 from memory_os.lexical import terms_of
-from memory_os.stores import fulltext, scrub
-from memory_os.stores.database import Database
-from memory_os.stores.rows import parts
-from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, vectors
+from memory_os.stores import fulltext
+from memory_os.stores.backend import Backend
+from memory_os.stores.rows import insert, own, parts
+from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, traces, vectors
 
 if TYPE_CHECKING:
     from memory_os.types import Trace
 
 __all__ = ["find_deep_faults", "find_faults", "mend", "mend_deep"]
 
+DIFFER = {
+    "sqlite": {
+        "entry": "rowid",
+        "sources": "json_each(s.metadata, '$.of') o",
+        "is_not": "IS NOT",
+        "readable": "json_valid(body) AND json_type(body, '$.query_id') IS NOT NULL",
+        "query_id": "json_extract(body, '$.query_id')",
+        "reply_id": "json_extract(body, '$.reply_id')",
+    },
+    "postgresql": {
+        "entry": "segment_pk",
+        "sources": """LATERAL json_array_elements_text(
+            CASE WHEN json_typeof(s.metadata -> 'of') = 'array' THEN s.metadata -> 'of' ELSE '[]' END) o(value)""",
+        "is_not": "IS DISTINCT FROM",
+        "readable": "json_typeof(body) = 'object' AND body -> 'query_id' IS NOT NULL",
+        "query_id": "(body ->> 'query_id')",
+        "reply_id": "(body ->> 'reply_id')",
+    },
+}
+"""What the two databases call by another name."""
 FAULTS = {
     "missing_vectors": """
         SELECT s.pk FROM segments s
@@ -37,10 +53,10 @@ FAULTS = {
         (SELECT 1 FROM segments s WHERE s.pk = v.segment_pk AND s.namespace_id = v.namespace_id) ORDER BY v.pk""",
     "missing_lexical": """
         SELECT s.pk FROM segments s
-        WHERE NOT EXISTS (SELECT 1 FROM lexical l WHERE l.rowid = s.pk) ORDER BY s.pk""",
+        WHERE NOT EXISTS (SELECT 1 FROM lexical l WHERE l.{entry} = s.pk) ORDER BY s.pk""",
     "orphan_lexical": """
-        SELECT l.rowid FROM lexical l
-        WHERE NOT EXISTS (SELECT 1 FROM segments s WHERE s.pk = l.rowid) ORDER BY l.rowid""",
+        SELECT l.{entry} FROM lexical l
+        WHERE NOT EXISTS (SELECT 1 FROM segments s WHERE s.pk = l.{entry}) ORDER BY l.{entry}""",
     "pending_item_vectors": """
         SELECT pk FROM item_texts WHERE fingerprint IS NULL UNION ALL
         SELECT pk FROM item_texts WHERE fingerprint != :f""",
@@ -49,25 +65,42 @@ FAULTS = {
         (SELECT 1 FROM items i WHERE i.pk = t.item_pk AND i.namespace_id = t.namespace_id) ORDER BY t.pk""",
 }
 
-RECORDS = """
-    SELECT 'segments ' || pk || ': metadata is no JSON' FROM segments WHERE NOT json_valid(metadata) UNION ALL
-    SELECT 'segments ' || pk || ': created_at is no time' FROM segments WHERE datetime(created_at) IS NULL UNION ALL
-    SELECT 'segments ' || pk || ': unknown role' FROM segments
-        WHERE role NOT IN ('user', 'assistant', 'system', 'tool') UNION ALL
-    SELECT 'segments ' || pk || ': unknown kind' FROM segments
-        WHERE kind NOT IN ('turn', 'document', 'note', 'summary') UNION ALL
-    SELECT 'namespaces ' || id || ': labels are no JSON list' FROM namespaces
-        WHERE NOT json_valid(labels) OR json_type(CASE WHEN json_valid(labels) THEN labels END) != 'array' UNION ALL
-    SELECT 'items ' || pk || ': value is no JSON' FROM items WHERE NOT json_valid(value) UNION ALL
-    SELECT 'items ' || pk || ': path is no JSON' FROM items WHERE NOT json_valid(path) UNION ALL
-    SELECT 'items ' || pk || ': updated_at is no time' FROM items WHERE datetime(updated_at) IS NULL""" + "".join(
-    f""" UNION ALL SELECT '{table} ' || {key} || ': its namespace is not there' FROM {table} t
-        WHERE NOT EXISTS (SELECT 1 FROM namespaces n WHERE n.id = t.namespace_id)"""
-    for table, key in (("segments", "pk"), ("items", "pk"), ("traces", "id"))
-)
+
+def _unreadable(no_json: str, no_list: str, no_time: str) -> str:
+    """The query for rows that cannot be read, given what holds for a column that is none of these."""
+    wrong = (
+        ("segments", "metadata is no JSON", no_json.format("metadata")),
+        ("segments", "created_at is no time", no_time.format("created_at")),
+        ("segments", "unknown role", "role NOT IN ('user', 'assistant', 'system', 'tool')"),
+        ("segments", "unknown kind", "kind NOT IN ('turn', 'document', 'note', 'summary')"),
+        ("namespaces", "labels are no JSON list", no_list.format("labels")),
+        ("items", "value is no JSON", no_json.format("value")),
+        ("items", "path is no JSON", no_list.format("path")),
+        ("items", "updated_at is no time", no_time.format("updated_at")),
+        *(
+            (table, "its namespace is not there", "namespace_id NOT IN (SELECT n.id FROM namespaces n)")
+            for table in ("segments", "items", "traces")
+        ),
+    )
+    key = {"namespaces": "id", "traces": "id"}
+    return " UNION ALL ".join(
+        f"SELECT '{table} ' || {key.get(table, 'pk')} || ': {what}' FROM {table} WHERE {condition}"
+        for table, what, condition in wrong
+    )
 
 
-def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
+RECORDS = {
+    "sqlite": _unreadable(
+        "NOT json_valid({0})",
+        "(NOT json_valid({0}) OR json_type(CASE WHEN json_valid({0}) THEN {0} END) != 'array')",
+        "datetime({0}) IS NULL",
+    ),
+    # its columns of JSON hold nothing else
+    "postgresql": _unreadable("FALSE", r"{0} !~ '^\[.*\]$'", "{0} !~ '^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}T'"),
+}
+
+
+def find_faults(database: Backend, fingerprint: str) -> dict[str, list[str]]:
     """Faults of the whole store by kind, each with the rows concerned.
 
     The kinds of ``FAULTS``; ``lexical_index`` where entries and their index differ; ``unfinished`` where what was
@@ -76,40 +109,35 @@ def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
     :raises StoreError: if the store cannot be written, which this check needs.
     """
     with database.read() as connection:
-        faults = _linked(connection, fingerprint)
-        faults["records"] = list(connection.exec_driver_sql(RECORDS).scalars())
-        faults["unfinished"] = ["the files are still to be scrubbed"] if scrub.due(connection) else []
-        lines = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
-        faults["damage"] = [] if lines == ["ok"] else [str(line) for line in lines]
-    try:
-        with database.write() as connection:
-            connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('integrity-check')")
-        faults["lexical_index"] = []
-    except StoreError as error:
-        if "damaged" not in str(error):
-            raise
-        faults["lexical_index"] = ["the lexical index does not match its entries"]
+        faults = _found(connection, FAULTS, {"f": fingerprint})
+        faults["records"] = list(connection.exec_driver_sql(RECORDS[connection.dialect.name]).scalars())
+        faults["unfinished"] = ["the files are still to be scrubbed"] if database.due(connection) else []
+    faults["damage"] = database.damage(deep=False)
+    faults["lexical_index"] = database.lexical_damage()
     return faults
 
 
-def _linked(connection: sa.Connection, fingerprint: str) -> dict[str, list[str]]:
+def _found(connection: sa.Connection, queries: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What each of the queries finds."""
+    differ = DIFFER[connection.dialect.name]
     return {
-        kind: [str(value) for value in connection.execute(sa.text(query), {"f": fingerprint}).scalars()]
-        for kind, query in FAULTS.items()
+        kind: [str(value) for value in connection.execute(sa.text(query.format(**differ)), told).scalars()]
+        for kind, query in queries.items()
     }
 
 
-def mend(database: Database, found: Mapping[str, Sequence[str]], fingerprint: str) -> None:
+def mend(database: Backend, found: Mapping[str, Sequence[str]], fingerprint: str) -> None:
     """Mend what can be mended from the segments; vectors to be made are left pending."""
     if found["unfinished"]:
         database.scrub_what_is_due()
     with database.write() as connection:
-        faults = {**found, **_linked(connection, fingerprint)}  # as it is under the lock: others may be mending too
+        # as it is under the lock: others may be mending too
+        faults = {**found, **_found(connection, FAULTS, {"f": fingerprint})}
         for pk in faults["orphan_item_texts"]:
             connection.execute(item_texts.delete().where(item_texts.c.pk == int(pk)))
         for pk in faults["orphan_vectors"]:
             connection.execute(vectors.delete().where(vectors.c.pk == int(pk)))
-        fulltext.remove(connection, [int(pk) for pk in faults["orphan_lexical"]])
+        fulltext.remove(connection, 0, [int(pk) for pk in faults["orphan_lexical"]])  # PostgreSQL's keys let none be
         missing = _rows(connection, faults["missing_lexical"])
         fulltext.add(connection, [(row.pk, row.namespace_id, terms_of(row.text)) for row in missing])
         for row in _rows(connection, faults["missing_vectors"]):
@@ -134,16 +162,15 @@ def _rows(connection: sa.Connection, pks: Sequence[str]) -> Iterator[sa.Row[Any]
 DEEP = {
     "wrong_seq": """
         SELECT pk FROM (SELECT pk, seq, lag(seq, 1, 0) OVER (PARTITION BY namespace_id ORDER BY pk) AS before
-        FROM segments) WHERE seq <= before UNION
+        FROM segments) numbered WHERE seq <= before UNION
         SELECT s.pk FROM segments s JOIN namespaces n ON n.id = s.namespace_id WHERE s.seq > n.last_seq ORDER BY 1""",
     "wrong_vectors": """
         SELECT segment_pk FROM vectors WHERE fingerprint = :f AND (length(vector) != 4 * :d
-        OR (:t > 0 AND (tokens IS NULL OR length(tokens) % :t != 0))) ORDER BY 1""",
+        OR (:t > 0 AND (tokens IS NULL OR length(tokens) % NULLIF(:t, 0) != 0))) ORDER BY 1""",
     "wrong_item_vectors": """
         SELECT pk FROM item_texts WHERE fingerprint = :f AND length(vector) != 4 * :d ORDER BY 1""",
     "trace_columns": """
-        SELECT id FROM traces WHERE json_valid(body) AND json_type(body, '$.query_id') IS NOT NULL
-        AND (query_id IS NOT json_extract(body, '$.query_id') OR reply_id IS NOT json_extract(body, '$.reply_id'))
+        SELECT id FROM traces WHERE {readable} AND (query_id {is_not} {query_id} OR reply_id {is_not} {reply_id})
         ORDER BY 1""",
     "foreign_rows": " UNION ALL ".join(
         f"""SELECT '{table} ' || t.segment_pk FROM {table} t JOIN segments s ON s.pk = t.segment_pk
@@ -151,18 +178,16 @@ DEEP = {
         for table in ("pending", "summaries", "activations", "bank")
     ),
     "lost_sources": """
-        SELECT s.pk FROM segments s JOIN json_each(s.metadata, '$.of') o WHERE s.kind = 'summary' AND NOT EXISTS
+        SELECT s.pk FROM segments s CROSS JOIN {sources} WHERE s.kind = 'summary' AND NOT EXISTS
         (SELECT 1 FROM segments t WHERE t.namespace_id = s.namespace_id AND t.id = o.value) GROUP BY s.pk""",
 }
-TRACE_COLUMNS = """
-    UPDATE traces SET query_id = json_extract(body, '$.query_id'), reply_id = json_extract(body, '$.reply_id')
-    WHERE json_valid(body)"""
+TRACE_COLUMNS = "UPDATE traces SET query_id = {query_id}, reply_id = {reply_id} WHERE {readable}"
 DERIVED = ("activations", "bank", "item_texts", "pending", "scores", "summaries", "vectors")
 Progress = Callable[[str, int, int], None]
 
 
 def find_deep_faults(
-    database: Database,
+    database: Backend,
     fingerprint: str,
     dimension: int,
     token_dimension: int,
@@ -179,34 +204,17 @@ def find_deep_faults(
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
     with database.read() as connection:
-        if connection.exec_driver_sql(RECORDS).first():
+        if connection.exec_driver_sql(RECORDS[connection.dialect.name]).first():
             return {}
-        told = {"f": fingerprint, "d": dimension, "t": token_dimension}
-        found = {
-            kind: [str(value) for value in connection.execute(sa.text(query), told).scalars()]
-            for kind, query in DEEP.items()
-        }
-        lines = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-        found["integrity"] = [] if lines == ["ok"] else [str(line) for line in lines]
-        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-        found["foreign_keys"] = [f"{table} {row}" for table, row, *_ in broken]
+        found = _found(connection, DEEP, {"f": fingerprint, "d": dimension, "t": token_dimension})
+        found["foreign_keys"] = database.broken_keys(connection)
         found["wrong_lexical"], n_terms = _lexical_faults(connection, progress)
         found["counters"] = _counter_faults(connection, n_terms)
         found["traces"] = _trace_faults(connection, read_trace, progress)
-        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-        synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
-    found["settings"] = [
-        *([] if journal == "wal" else [f"journal_mode is {journal}, not wal"]),
-        *([] if synchronous == 2 else [f"synchronous is {synchronous}, not 2 (FULL)"]),
-    ]
-    files = sorted(database.path.parent.glob(glob.escape(database.path.name) + "*"))
-    found["permissions"] = [file.name for file in files if _anybody_writes(file)]
-    found["copies"] = [file.name for file in files if ".before-" in file.name]
+        found["settings"] = database.settings(connection)
+    found["integrity"] = database.damage(deep=True)
+    found["permissions"], found["copies"] = database.file_faults()
     return found
-
-
-def _anybody_writes(file: Path) -> bool:
-    return bool(file.stat().st_mode & stat.S_IWOTH)
 
 
 def _lexical_faults(connection: sa.Connection, progress: Progress | None) -> tuple[list[str], dict[int, int]]:
@@ -216,11 +224,12 @@ def _lexical_faults(connection: sa.Connection, progress: Progress | None) -> tup
     n_terms: dict[int, int] = {}
     done = 0
     for part in parts(pks):
-        marks = ",".join("?" * len(part))
-        entries = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
-        stored = {pk: terms.split() for pk, terms in entries}
-        for row in connection.execute(select(segments).where(segments.c.pk.in_(part))):
-            terms = [f"{row.namespace_id}_{term}" for term in terms_of(row.text)]
+        rows = connection.execute(select(segments).where(segments.c.pk.in_(part))).all()
+        stored: dict[int, list[str]] = {}
+        for ns, theirs in _by_namespace(rows).items():
+            stored |= fulltext.read(connection, ns, [row.pk for row in theirs])
+        for row in rows:
+            terms = terms_of(row.text)
             n_terms[row.namespace_id] = n_terms.get(row.namespace_id, 0) + len(terms)
             if row.pk in stored and stored[row.pk] != terms:  # one that is missing is found without this
                 wrong.append(str(row.pk))
@@ -228,6 +237,13 @@ def _lexical_faults(connection: sa.Connection, progress: Progress | None) -> tup
         if progress:
             progress("lexical entries", done, len(pks))
     return wrong, n_terms
+
+
+def _by_namespace(rows: Iterable[sa.Row[Any]]) -> dict[int, list[sa.Row[Any]]]:
+    found: dict[int, list[sa.Row[Any]]] = {}
+    for row in rows:
+        found.setdefault(row.namespace_id, []).append(row)
+    return found
 
 
 def _counter_faults(connection: sa.Connection, n_terms: Mapping[int, int]) -> list[str]:
@@ -243,9 +259,11 @@ def _counter_faults(connection: sa.Connection, n_terms: Mapping[int, int]) -> li
 def _trace_faults(
     connection: sa.Connection, read_trace: Callable[[dict[str, Any]], Trace], progress: Progress | None
 ) -> list[str]:
-    query = "SELECT t.id, t.body, n.labels FROM traces t LEFT JOIN namespaces n ON n.id = t.namespace_id ORDER BY t.id"
+    owned = traces.outerjoin(namespaces, namespaces.c.id == traces.c.namespace_id)
+    # as it is written: a body that is no JSON is a fault to be told, and not to fail by
+    columns = (traces.c.id, sa.cast(traces.c.body, sa.Text), namespaces.c.labels)
     wrong = []
-    rows = connection.exec_driver_sql(query).all()
+    rows = connection.execute(select(*columns).select_from(owned).order_by(traces.c.id)).all()
     for n, (id_, body, labels) in enumerate(rows, start=1):
         try:
             trace = read_trace(json.loads(body))
@@ -258,25 +276,27 @@ def _trace_faults(
     return wrong
 
 
-def mend_deep(database: Database, faults: Mapping[str, Sequence[str]]) -> None:
+def mend_deep(database: Backend, faults: Mapping[str, Sequence[str]]) -> None:
     """Mend what of it is derived; ``wrong_vectors`` are left pending."""
     with database.write() as connection:
         for row in _rows(connection, faults["wrong_vectors"]):
-            connection.execute(vectors.delete().where(vectors.c.segment_pk == row.pk))
+            connection.execute(vectors.delete().where(own(vectors, row.namespace_id), vectors.c.segment_pk == row.pk))
             listed = {"segment_pk": row.pk, "task": VECTOR_TASK, "namespace_id": row.namespace_id}
-            connection.execute(pending.insert().prefix_with("OR IGNORE").values(listed))
+            connection.execute(insert(connection, pending).values(listed).on_conflict_do_nothing())
         for pk in faults["wrong_item_vectors"]:
             unmade = item_texts.update().where(item_texts.c.pk == int(pk))
             connection.execute(unmade.values(fingerprint=None, vector=None))
         if faults["trace_columns"]:
-            connection.exec_driver_sql(TRACE_COLUMNS)
+            differ = DIFFER[connection.dialect.name]
+            connection.execute(sa.text(TRACE_COLUMNS.format(**differ)))
         for fault in (*faults["foreign_rows"], *faults["foreign_keys"]):
             table, _, number = fault.partition(" ")
             if table in DERIVED and number.isdigit():
                 column = "segment_pk" if fault in faults["foreign_rows"] else "rowid"
-                connection.exec_driver_sql(f"DELETE FROM {table} WHERE {column} = ?", (int(number),))
+                connection.execute(sa.text(f"DELETE FROM {table} WHERE {column} = :number"), {"number": int(number)})
         wrong = list(_rows(connection, faults["wrong_lexical"]))
-        fulltext.remove(connection, [row.pk for row in wrong])
+        for ns, theirs in _by_namespace(wrong).items():
+            fulltext.remove(connection, ns, [row.pk for row in theirs])
         fulltext.add(connection, [(row.pk, row.namespace_id, terms_of(row.text)) for row in wrong])
         if wrong or faults["counters"]:
             fulltext.recount(connection)

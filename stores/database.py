@@ -6,28 +6,33 @@ copied before it is upgraded (see ``backup``), and the upgrade is one transactio
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import sqlite3
+import stat
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from memory_os.errors import SchemaError, StoreError
-from memory_os.stores import chroma, files, scrub
+from memory_os.errors import StoreError
+from memory_os.stores import chroma, files, fts5, residue, scrub
+from memory_os.stores.backend import CLOSED
 from memory_os.stores.backup import back_up
+from memory_os.stores.manifest import bank_folder
 from memory_os.stores.schema import HEAD
+from memory_os.stores.upgrade import Upgrade
+from memory_os.types import Namespace
 
 __all__ = ["Database"]
 
 BUSY_TIMEOUT_S = 60
 
-CLOSED = "{} was closed; open the memory again: Memory.open"
 FORKED = (
     "{} was at work in another thread when this process was forked, and SQLite's locks do not live through that: fork "
     'before threads use a memory, or start processes by "spawn" (multiprocessing.set_start_method)'
@@ -40,7 +45,7 @@ _inherited: set[Path] = set()
 
 
 class Database:
-    """The connections to one file.
+    """``Backend`` over one file; whose rows a transaction is about makes no difference to it.
 
     :raises StoreError: if it cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
@@ -75,6 +80,16 @@ class Database:
             self._disconnect()
             raise
 
+    @property
+    def place(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    @property
+    def bank_folder(self) -> Path:
+        """A folder beside the file."""
+        return bank_folder(self.path)
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         if self._closed:
@@ -87,13 +102,13 @@ class Database:
             raise StoreError(_problem(self.path, error.orig)) from error
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One transaction under the write lock: durable when it ends, undone when it raises."""
         with self._translated(), self._writer.begin() as connection:
             yield connection
 
     @contextmanager
-    def read(self) -> Iterator[sa.Connection]:
+    def read(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One consistent view of the data."""
         held: sa.Connection | None = getattr(self._snapshot, "connection", None)
         if held is not None:
@@ -119,30 +134,15 @@ class Database:
         found = self._revision()
         if found == HEAD:
             return
-        from alembic.command import upgrade
-        from alembic.config import Config
-        from alembic.script import ScriptDirectory
-        from alembic.util import CommandError
-
-        config = Config()
-        config.set_main_option("script_location", "memory_os.stores:migrations")
-        try:
-            # by this version's own HEAD: the package on the disk may have been upgraded since it was loaded
-            steps = ScriptDirectory.from_config(config).iterate_revisions(HEAD, "base")
-            known = {None, *(step.revision for step in steps)}
-            if found not in known:  # before anything is written
-                raise SchemaError(str(self.path), str(found), HEAD)
-            with self.write() as connection:  # the write lock: of two processes that open a file, one migrates
-                found = _revision_of(connection)
-                if found == HEAD:
-                    return
-                if found not in known:
-                    raise SchemaError(str(self.path), str(found), HEAD)
-                copy = self._back_up() if found and _has_content(connection) else None
-                config.attributes["connection"] = connection
-                upgrade(config, HEAD)
-        except CommandError as error:
-            raise SchemaError(str(self.path), str(found), HEAD) from error
+        steps = Upgrade(self.place, HEAD)
+        steps.check(found)
+        with self.write() as connection:  # the write lock: of two processes that open a file, one migrates
+            found = _revision_of(connection)
+            if found == HEAD:
+                return
+            steps.check(found)
+            copy = self._back_up() if found and _has_content(connection) else None
+            steps.run(connection, found)
         if copy:
             log.warning(
                 "%s was upgraded from schema revision %s to %s; delete %s, the copy of what it was, when all is well",
@@ -166,6 +166,56 @@ class Database:
         every = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
         return sum(file.stat().st_size for file in every if file.exists())
 
+    def damage(self, *, deep: bool) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        with self.read() as connection:
+            check = "PRAGMA integrity_check" if deep else "PRAGMA quick_check"
+            lines = connection.exec_driver_sql(check).scalars().all()
+        return [] if lines == ["ok"] else [str(line) for line in lines]
+
+    def lexical_damage(self) -> list[str]:
+        """What FTS5 finds wrong with its index."""
+        try:
+            with self.write() as connection:
+                fts5.check(connection)
+        except StoreError as error:
+            if "damaged" not in str(error):
+                raise
+            return ["the lexical index does not match its entries"]
+        return []
+
+    def broken_keys(self, connection: sa.Connection) -> list[str]:
+        """``table row`` of rows that refer to nothing."""
+        broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+        return [f"{table} {row}" for table, row, *_ in broken]
+
+    def settings(self, connection: sa.Connection) -> list[str]:
+        """Where a connection is not as ``_on_connect`` wants it."""
+        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+        return [
+            *([] if journal == "wal" else [f"journal_mode is {journal}, not wal"]),
+            *([] if synchronous == 2 else [f"synchronous is {synchronous}, not 2 (FULL)"]),
+        ]
+
+    def file_faults(self) -> tuple[list[str], list[str]]:
+        """``(files that anybody may write, copies of before an upgrade)``, by name."""
+        every = sorted(self.path.parent.glob(glob.escape(self.path.name) + "*"))
+        open_to_all = [file.name for file in every if file.stat().st_mode & stat.S_IWOTH]
+        return open_to_all, [file.name for file in every if ".before-" in file.name]
+
+    def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
+        """Of the database, its log and its copies, the bank, and the Chroma index."""
+        return residue.files_with(self.path, texts)
+
+    def mark(self, connection: sa.Connection, numbers: Collection[int]) -> int:
+        """Note that the files are to be scrubbed; what a crash leaves of it is done when the file is next opened."""
+        return scrub.mark(connection)
+
+    def due(self, connection: sa.Connection) -> int:
+        """The mark of the last deletion that the files may still hold some of."""
+        return scrub.due(connection)
+
     def scrub(
         self,
         gone: Collection[bytes] | None,
@@ -177,6 +227,7 @@ class Database:
         """Leave nothing in the files of what was deleted; what cannot be done now is done at close or at the next open.
 
         :param gone: as in ``scrub.scrub``.
+        :param mark: struck off then.
         :param index_purged: that a Chroma index beside the database holds nothing of it either; otherwise the index,
             which is rebuilt when it is next used, is deleted.
         """

@@ -11,9 +11,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
-from sqlalchemy.dialects.sqlite import insert
 
-from memory_os.stores.rows import parts
+from memory_os.stores.rows import insert, own, parts, upsert
 from memory_os.stores.schema import SUMMARY_TASK, activations, pending, scores, segments, summaries
 from memory_os.types import Action, Trace
 
@@ -41,7 +40,8 @@ def read_summaries(connection: sa.Connection, ns: int, ids: Sequence[str], metho
     for part in parts(ids):
         rows = connection.execute(
             select(segments.c.id, summaries.c.text)
-            .join(segments, segments.c.pk == summaries.c.segment_pk)
+            .select_from(segments)
+            .join(summaries, sa.and_(own(summaries, ns), summaries.c.segment_pk == segments.c.pk))
             .where(segments.c.namespace_id == ns, segments.c.id.in_(part), summaries.c.method == method)
         )
         found.update((row.id, row.text) for row in rows)
@@ -52,15 +52,16 @@ def put_summary(connection: sa.Connection, ns: int, id_: str, method: str, text:
     """Store a summary and strike the work off; nothing where the segment is gone by now."""
     for pk in _pks(connection, ns, [id_]):
         row = {"segment_pk": pk, "method": method, "namespace_id": ns, "text": text}
-        connection.execute(insert(summaries).values(row).on_conflict_do_update(set_={"text": text}))
-        connection.execute(pending.delete().where(pending.c.segment_pk == pk, pending.c.task == SUMMARY_TASK))
+        upsert(connection, summaries, [row], ("segment_pk", "method"))
+        done = own(pending, ns), pending.c.segment_pk == pk, pending.c.task == SUMMARY_TASK
+        connection.execute(pending.delete().where(*done))
 
 
 def put_on_list(connection: sa.Connection, ns: int, ids: Sequence[str]) -> None:
     """Put segments on the list of those to be summarised."""
     for pk in _pks(connection, ns, ids):
         row = {"segment_pk": pk, "task": SUMMARY_TASK, "namespace_id": ns}
-        connection.execute(insert(pending).values(row).on_conflict_do_nothing())
+        connection.execute(insert(connection, pending).values(row).on_conflict_do_nothing())
 
 
 def read_scores(connection: sa.Connection, ns: int, keys: Sequence[str]) -> dict[str, Any]:
@@ -77,9 +78,7 @@ def put_scores(connection: sa.Connection, ns: int, values: Mapping[str, Any]) ->
     rows = [{"namespace_id": ns, "key": key, "value": value} for key, value in values.items()]
     if not rows:
         return
-    new = insert(scores)
-    index = [scores.c.namespace_id, scores.c.key]
-    connection.execute(new.on_conflict_do_update(index_elements=index, set_={"value": new.excluded.value}), rows)
+    upsert(connection, scores, rows, ("namespace_id", "key"))
     newest = select(scores.c.pk).where(scores.c.namespace_id == ns).order_by(scores.c.pk.desc())
     if connection.execute(newest.limit(1)).scalar_one() % SWEEP >= len(rows):
         return
@@ -97,18 +96,19 @@ def note_activations(connection: sa.Connection, ns: int, trace: Trace) -> None:
     active = [entry.segment_id for entry in trace.ledger if entry.action is not Action.DROPPED]
     if seq is None or not active:
         return
-    rows = [{"segment_pk": pk, "namespace_id": ns, "seq": seq} for pk in _pks(connection, ns, active)]
-    if rows:
-        new = insert(activations)
-        latest = sa.func.max(activations.c.seq, new.excluded.seq)
-        connection.execute(new.on_conflict_do_update(index_elements=["segment_pk"], set_={"seq": latest}), rows)
+    pks = set(_pks(connection, ns, active))
+    for part in parts(sorted(pks)):
+        later = own(activations, ns), activations.c.segment_pk.in_(part), activations.c.seq > seq
+        pks.difference_update(connection.execute(select(activations.c.segment_pk).where(*later)).scalars())
+    rows = [{"segment_pk": pk, "namespace_id": ns, "seq": seq} for pk in sorted(pks)]
+    upsert(connection, activations, rows, ("segment_pk",))
 
 
 def last_activations(connection: sa.Connection, ns: int) -> dict[int, int]:
     """``{seq of a segment: seq of the query in whose context it last stood}``."""
     rows = connection.execute(
         select(segments.c.seq, activations.c.seq)
-        .join(segments, segments.c.pk == activations.c.segment_pk)
+        .join(segments, sa.and_(own(segments, ns), segments.c.pk == activations.c.segment_pk))
         .where(activations.c.namespace_id == ns)
     )
     return {row[0]: row[1] for row in rows}

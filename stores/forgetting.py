@@ -18,7 +18,7 @@ from sqlalchemy import select
 from memory_os.stores import digest, fulltext, items, manifest, tombstones
 from memory_os.stores.matching import Matcher
 from memory_os.stores.residue import forms_of, pieces
-from memory_os.stores.rows import parts
+from memory_os.stores.rows import holds, own, parts
 from memory_os.stores.schema import namespaces, pending, scores, segments, summaries, traces, vectors
 from memory_os.trace import trace_from_dict, trace_to_dict, without_text
 
@@ -44,7 +44,7 @@ class Removal(NamedTuple):
 
 def forget(
     connection: sa.Connection,
-    bank: Path,
+    bank: Path | None,
     ns: int,
     ids: Sequence[str],
     *,
@@ -54,7 +54,7 @@ def forget(
 ) -> Removal:
     """Delete segments for good, and the summaries of them, with all that was derived from either.
 
-    :param bank: the folder of the bank's files, which are deleted at once.
+    :param bank: the folder of the bank's files, which are deleted at once; ``None`` where there is none.
     :param everything: all that the namespace holds, whatever segments are named.
     :param bury: leave tombstones, so that they are not stored again.
     :param preview: the transaction will be undone: no file is deleted.
@@ -89,7 +89,7 @@ def forget(
 
 
 def remove(
-    connection: sa.Connection, bank: Path, ns: int, ids: Sequence[str], *, preview: bool = False
+    connection: sa.Connection, bank: Path | None, ns: int, ids: Sequence[str], *, preview: bool = False
 ) -> dict[str, int]:
     """Delete the rows of these segments, and what was derived from them; counts by place."""
     counts = dict.fromkeys(DERIVED, 0)
@@ -98,13 +98,12 @@ def remove(
     for part in parts(ids):
         query = select(segments.c.pk).where(segments.c.namespace_id == ns, segments.c.id.in_(part))
         pks = connection.execute(query).scalars().all()
-        own = traces.c.namespace_id == ns
         mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
-        counts["traces"] += connection.execute(traces.delete().where(own, mine)).rowcount
+        counts["traces"] += connection.execute(traces.delete().where(traces.c.namespace_id == ns, mine)).rowcount
         for table in (vectors, summaries, pending):
-            deleted = connection.execute(table.delete().where(table.c.segment_pk.in_(pks)))
+            deleted = connection.execute(table.delete().where(own(table, ns), table.c.segment_pk.in_(pks)))
             counts[table.name] += deleted.rowcount
-        lengths = fulltext.remove(connection, pks)
+        lengths = fulltext.remove(connection, ns, pks)
         counts["lexical"] += len(lengths)
         connection.execute(
             namespaces.update()
@@ -115,7 +114,8 @@ def remove(
                 epoch=namespaces.c.epoch + 1,
             )
         )
-        counts["segments"] += connection.execute(segments.delete().where(segments.c.pk.in_(pks))).rowcount
+        gone = segments.delete().where(own(segments, ns), segments.c.pk.in_(pks))
+        counts["segments"] += connection.execute(gone).rowcount
     return counts
 
 
@@ -137,7 +137,8 @@ def _pieces(connection: sa.Connection, ns: int, rows: Sequence[sa.Row[Any]]) -> 
         if row.metadata:
             gone |= pieces(json.dumps(row.metadata))
     for part in parts([row.pk for row in rows]):
-        made = connection.execute(select(summaries.c.text).where(summaries.c.segment_pk.in_(part))).scalars()
+        theirs = own(summaries, ns), summaries.c.segment_pk.in_(part)
+        made = connection.execute(select(summaries.c.text).where(*theirs)).scalars()
         gone |= {piece for text in made for piece in pieces(text)}
     for part in parts([row.id for row in rows]):
         mine = sa.or_(traces.c.query_id.in_(part), traces.c.reply_id.in_(part))
@@ -155,9 +156,8 @@ def _told(body: dict[str, Any]) -> set[bytes]:
 
 def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone: set[bytes] | None) -> int:
     """Take out what traces of other turns may quote of these segments; how many traces that were."""
-    written = sa.type_coerce(traces.c.body, sa.Text)
     empty = ('"calls": []', '"confirmation": null', '"error": null')
-    speaks = sa.or_(*(sa.func.instr(written, each) == 0 for each in empty))
+    speaks = sa.or_(*(sa.not_(holds(traces.c.body, each)) for each in empty))
     mine = select(traces.c.id, traces.c.body).where(traces.c.namespace_id == ns, speaks)
     n_blanked = 0
     for id_, body in connection.execute(mine).all():
@@ -174,11 +174,11 @@ def _blank_traces(connection: sa.Connection, ns: int, ids: Collection[str], gone
 
 
 HELD = (
-    "SELECT text, metadata, session, speaker, source, key FROM segments",
+    "SELECT text, CAST(metadata AS text), session, speaker, source, key FROM segments",
     "SELECT labels FROM namespaces",
     "SELECT text FROM summaries",
-    "SELECT body FROM traces",
-    "SELECT value, path, key FROM items",
+    "SELECT CAST(body AS text) FROM traces",
+    "SELECT CAST(value AS text), path, key FROM items",
     "SELECT text FROM item_texts",
 )
 BETWEEN = b"\xff"  # stands in no text

@@ -1,17 +1,19 @@
-"""The lexical index: terms in an FTS5 table, one entry a segment, and BM25 over its postings.
+"""The lexical index: one entry a segment, and BM25 over the postings of its terms. Functions on an open connection.
 
-The namespace's number is part of every term, so that a search cannot reach another namespace's entries.
+How entries are kept is the database's: see ``fts5`` and ``postings``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import sqlalchemy as sa
 from sqlalchemy import select
 
 from memory_os.lexical import bm25, idf, query_terms, terms_of
-from memory_os.stores.rows import parts
+from memory_os.stores import fts5, postings
+from memory_os.stores.rows import own, parts
 from memory_os.stores.schema import namespaces, segments
 
 __all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
@@ -19,58 +21,40 @@ __all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
-MAX_LEVEL_BYTES = 2000
-"""A level takes two bytes."""
+NO_BOUND = 2**62
 SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
+
+
+def _entries(connection: sa.Connection) -> ModuleType:
+    return postings if connection.dialect.name == "postgresql" else fts5
 
 
 def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[str]]]) -> None:
     """Add entries, given as ``(segment's row, namespace's number, terms)``."""
-    rows = [(pk, " ".join(f"{ns}_{term}" for term in terms)) for pk, ns, terms in entries]
-    if rows:
-        connection.exec_driver_sql("INSERT INTO lexical(rowid, terms) VALUES (?, ?)", rows)
+    _entries(connection).add(connection, entries)
 
 
-def remove(connection: sa.Connection, pks: Sequence[int]) -> list[int]:
+def remove(connection: sa.Connection, ns: int, pks: Sequence[int]) -> list[int]:
     """Remove entries; gives back how many terms each of those that existed had."""
-    lengths: list[int] = []
-    for part in parts(pks):
-        marks = ",".join("?" * len(part))
-        rows = connection.exec_driver_sql(f"SELECT terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
-        lengths += (len(terms.split()) for (terms,) in rows)
-        connection.exec_driver_sql(f"DELETE FROM lexical WHERE rowid IN ({marks})", tuple(part))
+    lengths: list[int] = _entries(connection).remove(connection, ns, pks)
     return lengths
 
 
 def compact(connection: sa.Connection) -> None:
-    """Write the whole index anew, without what removed entries left in it: 2 ms for 1,000 segments.
-
-    Until then their terms stand in its older parts, marked as deleted.
-    """
-    # each "optimize" adds two levels to FTS5's record of the index, which takes one of 2,000 for damage
-    levels = connection.exec_driver_sql("SELECT length(block) FROM lexical_data WHERE id = 10").scalar_one()
-    how = "rebuild" if levels > MAX_LEVEL_BYTES else "optimize"
-    connection.exec_driver_sql(f"INSERT INTO lexical(lexical) VALUES ('{how}')")
+    """Leave nothing in the index of entries that were removed."""
+    _entries(connection).compact(connection)
 
 
 def unheard(connection: sa.Connection, ns: int, terms: Iterable[str]) -> list[str]:
     """Those of the terms that stand in no entry of the namespace."""
-    query = "SELECT 1 FROM lexical WHERE lexical MATCH ? LIMIT 1"
-    wanted = dict.fromkeys(terms)
-    return [term for term in wanted if not connection.exec_driver_sql(query, (f'"{ns}_{term}"',)).first()]
+    newest = _entries(connection).newest
+    return [term for term in dict.fromkeys(terms) if not newest(connection, ns, term, NO_BOUND, 1)]
 
 
 def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, list[str]]:
     """The terms of these entries, by row."""
-    if not pks:
-        return {}
-    prefix = len(f"{ns}_")
-    found: dict[int, list[str]] = {}
-    for part in parts(pks):
-        marks = ",".join("?" * len(part))
-        rows = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
-        found.update((pk, [term[prefix:] for term in terms.split()]) for pk, terms in rows)
-    return found
+    terms: dict[int, list[str]] = _entries(connection).read(connection, ns, pks)
+    return terms
 
 
 def search(connection: sa.Connection, ns: int, text: str, k: int, bound: int) -> list[tuple[str, float]]:
@@ -82,52 +66,41 @@ def search(connection: sa.Connection, ns: int, text: str, k: int, bound: int) ->
     if not wanted or k < 1 or statistics is None or not statistics.n_segments:
         return []
     weights: dict[str, float] = {}
-    postings: list[list[int]] = []
+    rows: list[list[int]] = []
     for term in wanted:
-        postings.append(_postings(connection, f"{ns}_{term}", bound))
-        n_matching = _estimate_matches(connection, postings[-1], statistics.n_segments)
-        weights[f"{ns}_{term}"] = idf(statistics.n_segments, n_matching)
-    shortlist = _heaviest(postings, list(weights.values()), SHORTLIST * k)
+        rows.append(_entries(connection).newest(connection, ns, term, bound, MAX_POSTINGS))
+        n_matching = _estimate_matches(connection, ns, rows[-1], statistics.n_segments)
+        weights[term] = idf(statistics.n_segments, n_matching)
+    shortlist = _heaviest(rows, list(weights.values()), SHORTLIST * k)
     mean_length = statistics.n_terms / statistics.n_segments
     scored: list[tuple[float, int, str]] = []
     for part in parts(shortlist):
         found = connection.execute(
-            select(segments.c.pk, segments.c.seq, segments.c.id).where(segments.c.pk.in_(part))
+            select(segments.c.pk, segments.c.seq, segments.c.id).where(own(segments, ns), segments.c.pk.in_(part))
         ).all()
         # not one joined query: SQLite would then look into the full-text table in the order of segments
-        marks = ",".join("?" * len(part))
-        entries = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
-        terms = {pk: entry.split() for pk, entry in entries}
+        terms = read(connection, ns, part)
         scored.extend((-bm25(terms[pk], weights, mean_length), seq, id_) for pk, seq, id_ in found)
     return [(id_, -negative) for negative, _, id_ in sorted(scored)[:k]]
 
 
-def _postings(connection: sa.Connection, term: str, bound: int) -> list[int]:
-    """Rows that hold the term, newest first; straight from the driver, as thousands of result objects take time."""
-    cursor = connection.connection.cursor()
-    cursor.execute(
-        "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?",
-        (f'"{term}"', bound, MAX_POSTINGS),
-    )
-    return [pk for (pk,) in cursor.fetchall()]
-
-
-def _estimate_matches(connection: sa.Connection, pks: list[int], n_segments: int) -> int:
+def _estimate_matches(connection: sa.Connection, ns: int, pks: list[int], n_segments: int) -> int:
     """How many segments hold a term: all of its postings, or where they were cut off, in proportion."""
     if len(pks) < MAX_POSTINGS:
         return min(len(pks), n_segments)
-    ends = select(segments.c.seq).where(segments.c.pk.in_([pks[0], pks[-1]])).order_by(segments.c.seq)
+    these = own(segments, ns), segments.c.pk.in_([pks[0], pks[-1]])
+    ends = select(segments.c.seq).where(*these).order_by(segments.c.seq)
     oldest, newest = connection.execute(ends).scalars().all()
     estimate: int = round(len(pks) * newest / (newest - oldest + 1))
     return min(n_segments, estimate)
 
 
-def _heaviest(postings: Sequence[Sequence[int]], weights: Sequence[float], n: int) -> list[int]:
+def _heaviest(matches: Sequence[Sequence[int]], weights: Sequence[float], n: int) -> list[int]:
     """The ``n`` rows whose terms weigh most together, ties by the smaller row."""
     import numpy as np
 
-    rows = np.concatenate([np.asarray(pks, dtype=np.int64) for pks in postings])
-    each = np.repeat(np.asarray(weights), [len(pks) for pks in postings])
+    rows = np.concatenate([np.asarray(pks, dtype=np.int64) for pks in matches])
+    each = np.repeat(np.asarray(weights), [len(pks) for pks in matches])
     distinct, where = np.unique(rows, return_inverse=True)
     totals = np.bincount(where, weights=each, minlength=len(distinct))
     best: list[int] = distinct[np.lexsort((distinct, -totals))[:n]].tolist()
@@ -136,8 +109,7 @@ def _heaviest(postings: Sequence[Sequence[int]], weights: Sequence[float], n: in
 
 def rewrite(connection: sa.Connection) -> None:
     """Make every entry anew from its segment."""
-    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('rebuild')")  # so that the deletion finds its way
-    connection.exec_driver_sql("DELETE FROM lexical")
+    _entries(connection).clear(connection)
     pks = connection.execute(select(segments.c.pk).order_by(segments.c.pk)).scalars().all()
     for part in parts(pks):
         rows = connection.execute(select(segments).where(segments.c.pk.in_(part))).all()
@@ -147,10 +119,8 @@ def rewrite(connection: sa.Connection) -> None:
 def recount(connection: sa.Connection) -> None:
     """Compute the statistics of BM25 anew from the entries."""
     for ns in connection.execute(select(namespaces.c.id)).scalars().all():
-        rows = connection.exec_driver_sql(
-            "SELECT l.terms FROM lexical l JOIN segments s ON s.pk = l.rowid WHERE s.namespace_id = ?", (ns,)
-        )
-        lengths = [len(terms.split()) for (terms,) in rows]
+        pks = connection.execute(select(segments.c.pk).where(segments.c.namespace_id == ns)).scalars().all()
+        lengths = [len(terms) for terms in read(connection, ns, pks).values()]
         connection.execute(
             namespaces.update().where(namespaces.c.id == ns).values(n_segments=len(lengths), n_terms=sum(lengths))
         )

@@ -18,16 +18,16 @@ from sqlalchemy import bindparam, func, select
 from memory_os.protocols import Item, ItemChange, ItemPath
 from memory_os.redact import Redact, clean_change
 from memory_os.stores import tombstones
-from memory_os.stores.database import Database
-from memory_os.stores.manifest import locate
-from memory_os.stores.rows import as_labels, as_time, parts
-from memory_os.stores.schema import item_texts, items, namespaces
+from memory_os.stores.backend import Backend, again
+from memory_os.stores.namespaces import claim, locate
+from memory_os.stores.rows import as_labels, as_time, own, parts
+from memory_os.stores.schema import item_texts, items
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
     from memory_os.protocols import Matrix, Vector
 
-__all__ = ["SqliteItems", "count", "forget", "live"]
+__all__ = ["ItemRows", "count", "forget", "live"]
 
 SCAN_PAGE = 1000
 VECTORS_PAGE = 256  # half a megabyte at a time stays in the cache: 31 ms for 10,000 of MiniLM's, and 56 all at once
@@ -36,33 +36,39 @@ NO_TEXT = -math.inf  # worse than any cosine
 NOT_MADE: Mapping[str, Any] = {"fingerprint": None, "vector": None}
 TICK = timedelta(microseconds=1)
 # as plain SQL: a bound list has a limit, and building a statement for each run of it takes longer than running it
-VECTORS = """
-    SELECT t.item_pk, t.vector FROM json_each(?) j CROSS JOIN item_texts t ON t.item_pk = j.value
-    WHERE t.fingerprint = ?"""
+VECTORS = {
+    "sqlite": sa.text("""
+        SELECT t.item_pk, t.vector FROM json_each(:pks) j CROSS JOIN item_texts t ON t.item_pk = j.value
+        WHERE +t.namespace_id = :ns AND t.fingerprint = :f"""),
+    "postgresql": sa.text("""
+        SELECT t.item_pk, t.vector FROM json_array_elements_text(CAST(:pks AS json)) j
+        JOIN item_texts t ON t.item_pk = CAST(j AS bigint) WHERE t.namespace_id = :ns AND t.fingerprint = :f"""),
+}
 # three look-ups in the index, where "is not this one" would read every row
-PENDING = """
+PENDING = sa.text("""
     SELECT pk, text FROM item_texts WHERE pk IN (
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint IS NULL UNION ALL
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint < :f UNION ALL
         SELECT pk FROM item_texts WHERE namespace_id = :ns AND fingerprint > :f)
-    ORDER BY fingerprint IS NOT NULL, pk LIMIT :limit"""
-COUNT_PENDING = """
+    ORDER BY fingerprint IS NOT NULL, pk LIMIT :limit""")
+COUNT_PENDING = sa.text("""
     SELECT (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint IS NULL)
         + (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint < :f)
-        + (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint > :f)"""
+        + (SELECT count(*) FROM item_texts WHERE namespace_id = :ns AND fingerprint > :f)""")
 NEWEST = (items.c.updated_at.desc(), items.c.pk.desc())
 
 Address = tuple[ItemPath, str]
 
 
-class SqliteItems:
+@again
+class ItemRows:
     """``ItemStore`` over the tables ``items`` and ``item_texts``.
 
     :param database: that of the records.
     :param redact: takes secrets out of values and texts; paths and keys with one are refused.
     """
 
-    def __init__(self, database: Database, *, redact: Redact | None = None) -> None:
+    def __init__(self, database: Backend, *, redact: Redact | None = None) -> None:
         self._database = database
         self._redact = redact
         self._ids: dict[Namespace, int] = {}
@@ -75,8 +81,8 @@ class SqliteItems:
             return
         changes = self._cleaned(changes)
         latest = {(change.path, change.key): change for change in changes}
-        with self._database.write() as connection:
-            ns = self._locate(connection, namespace, claim=True)
+        with self._database.write(namespace) as connection:
+            ns, _ = claim(connection, namespace)
             _sweep(connection, ns, now)
             tombstones.lift(
                 connection, ns, tombstones.Names(items=[_name(a) for a, c in latest.items() if c.value is not None])
@@ -91,8 +97,8 @@ class SqliteItems:
         latest = {(c.path, c.key): c for c in changes if c.expires_at is None or c.expires_at > now}
         if not latest:
             return 0, 0
-        with self._database.write() as connection:
-            ns = self._locate(connection, namespace, claim=True)
+        with self._database.write(namespace) as connection:
+            ns, _ = claim(connection, namespace)
             _sweep(connection, ns, now)
             known = _known(connection, ns, latest)
             names = tombstones.Names(items=list(map(_name, latest)))
@@ -120,8 +126,8 @@ class SqliteItems:
         ]
         if not rows:
             return
-        with self._database.write() as connection:
-            ns = self._locate(connection, namespace)
+        with self._database.write(namespace) as connection:
+            ns, _ = locate(connection, namespace, lock=True)
             connection.execute(
                 items.update()
                 .where(items.c.namespace_id == ns, items.c.path == bindparam("p"), items.c.key == bindparam("k"))
@@ -135,28 +141,24 @@ class SqliteItems:
 
     def sweep(self, namespace: Namespace, *, now: datetime) -> int:
         """Delete what has expired; how many items that was."""
-        with self._database.write() as connection:
-            return _sweep(connection, self._locate(connection, namespace), now)
+        with self._database.write(namespace) as connection:
+            return _sweep(connection, locate(connection, namespace, lock=True)[0], now)
 
-    def _locate(self, connection: sa.Connection, namespace: Namespace, *, claim: bool = False) -> int:
-        """The namespace's number; -1, which no row has, where nothing was ever stored and none is to be claimed."""
+    def _number(self, connection: sa.Connection, namespace: Namespace) -> int:
+        """The namespace's number; -1, which no row has, where nothing was ever stored."""
         known = self._ids.get(namespace)
         if known is None:
             known, _ = locate(connection, namespace)
             if known >= 0:
                 self._ids[namespace] = known
-            elif claim:
-                row = {"labels": as_labels(namespace), "last_seq": 0, "n_segments": 0, "n_terms": 0, "epoch": 0}
-                connection.execute(namespaces.insert().values(row))
-                known, _ = locate(connection, namespace)  # not kept: this transaction may yet be undone
         return known
 
     # -- read ------------------------------------------------------------------------------------------------------
 
     def get(self, namespace: Namespace, addresses: Iterable[Address], *, now: datetime) -> list[Item]:
         """The items that exist under these paths and keys, each once."""
-        with self._database.read() as connection:
-            ns = self._locate(connection, namespace)
+        with self._database.read(namespace) as connection:
+            ns = self._number(connection, namespace)
             found: list[Item] = []
             for path, keys in _by_path(addresses).items():
                 for part in parts(keys):
@@ -182,8 +184,8 @@ class SqliteItems:
         them.
         """
         limit, offset = min(limit, MOST), min(offset, MOST)
-        with self._database.read() as connection:
-            ns = self._locate(connection, namespace)
+        with self._database.read(namespace) as connection:
+            ns = self._number(connection, namespace)
             mine = [*live(ns, now), *_under(prefix)]
             if accept is None and vector is None:
                 rows = connection.execute(select(items).where(*mine).order_by(*NEWEST).limit(limit).offset(offset))
@@ -199,18 +201,19 @@ class SqliteItems:
                 page = [(pk, None) for pk in islice(newest, offset, offset + limit)]
             else:
                 pks = list(newest)
-                scores = _cosines(connection, pks, vector, fingerprint)
+                scores = _cosines(connection, ns, pks, vector, fingerprint)
                 best_first = (-scores).argsort(kind="stable")[offset : offset + limit]  # ties stay: the newest first
                 page = [(pks[i], float(scores[i]) if scores[i] > NO_TEXT else None) for i in best_first]
             found: dict[int, sa.Row[Any]] = {}
             for part in parts([pk for pk, _ in page]):
-                found.update((row.pk, row) for row in connection.execute(select(items).where(items.c.pk.in_(part))))
+                query = select(items).where(own(items, ns), items.c.pk.in_(part))
+                found.update((row.pk, row) for row in connection.execute(query))
         return [_to_item(found[pk], score) for pk, score in page]
 
     def paths(self, namespace: Namespace, *, now: datetime) -> list[ItemPath]:
         """Every path that holds an item, once, in order."""
-        with self._database.read() as connection:
-            ns = self._locate(connection, namespace)
+        with self._database.read(namespace) as connection:
+            ns = self._number(connection, namespace)
             found = connection.execute(select(items.c.path).where(*live(ns, now)).distinct()).scalars().all()
         return sorted(tuple(json.loads(path)) for path in found)
 
@@ -219,29 +222,29 @@ class SqliteItems:
     ) -> list[str]:
         """The keys under the path that begin with ``prefix``, in order: a run of the index."""
         begin = items.c.key >= prefix if after is None else items.c.key > after
-        with self._database.read() as connection:
-            ns = self._locate(connection, namespace)
+        with self._database.read(namespace) as connection:
+            ns = self._number(connection, namespace)
             query = select(items.c.key).where(*live(ns, now), items.c.path == as_labels(path), begin)
             found = connection.execute(query.order_by(items.c.key).limit(limit)).scalars().all()
         return [key for key in found if key.startswith(prefix)]  # those that do not stand behind all that do
 
     def count(self, namespace: Namespace, *, now: datetime) -> int:
         """How many items there are."""
-        with self._database.read() as connection:
-            return count(connection, self._locate(connection, namespace), now)
+        with self._database.read(namespace) as connection:
+            return count(connection, self._number(connection, namespace), now)
 
     def scan(self, namespace: Namespace, *, now: datetime) -> Iterator[ItemChange]:
         """Every item with all that is recorded of it, read page by page."""
         after = 0
         while True:
-            with self._database.read() as connection:
-                ns = self._locate(connection, namespace)
+            with self._database.read(namespace) as connection:
+                ns = self._number(connection, namespace)
                 query = select(items).where(*live(ns, now), items.c.pk > after).order_by(items.c.pk).limit(SCAN_PAGE)
                 rows = connection.execute(query).all()
                 texts: dict[int, list[tuple[str, str]]] = {row.pk: [] for row in rows}
                 for part in parts(list(texts)):
                     columns = select(item_texts.c.item_pk, item_texts.c.field, item_texts.c.text)
-                    these = columns.where(item_texts.c.item_pk.in_(part)).order_by(item_texts.c.pk)
+                    these = columns.where(own(item_texts, ns), item_texts.c.item_pk.in_(part)).order_by(item_texts.c.pk)
                     for pk, field, text in connection.execute(these):
                         texts[pk].append((field, text))
             if not rows:
@@ -258,20 +261,21 @@ class SqliteItems:
 
     def pending(self, namespace: Namespace, fingerprint: str, limit: int) -> list[tuple[int, str]]:
         """``(row, text)`` of texts without a vector under ``fingerprint``: those without any, then the others."""
-        with self._database.read() as connection:
-            told = {"ns": self._locate(connection, namespace), "f": fingerprint, "limit": limit}
-            return [(pk, text) for pk, text in connection.exec_driver_sql(PENDING, told)]
+        with self._database.read(namespace) as connection:
+            told = {"ns": self._number(connection, namespace), "f": fingerprint, "limit": limit}
+            return [(pk, text) for pk, text in connection.execute(PENDING, told)]
 
     def count_pending(self, namespace: Namespace, fingerprint: str) -> int:
         """How many texts have no vector under ``fingerprint``."""
-        with self._database.read() as connection:
-            return count_pending(connection, self._locate(connection, namespace), fingerprint)
+        with self._database.read(namespace) as connection:
+            return count_pending(connection, self._number(connection, namespace), fingerprint)
 
-    def put_vectors(self, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
+    def put_vectors(self, namespace: Namespace, fingerprint: str, rows: Sequence[int], vectors: Matrix) -> None:
         """Store the vectors of texts; rows that are gone by now are passed over."""
-        with self._database.write() as connection:
+        with self._database.write(namespace) as connection:
+            ns, _ = locate(connection, namespace, lock=True)
             connection.execute(
-                item_texts.update().where(item_texts.c.pk == bindparam("row")).values(
+                item_texts.update().where(own(item_texts, ns), item_texts.c.pk == bindparam("row")).values(
                     fingerprint=fingerprint, vector=bindparam("blob")
                 ),
                 [{"row": row, "blob": v.astype("<f4").tobytes()} for row, v in zip(rows, vectors, strict=True)],
@@ -282,8 +286,8 @@ class SqliteItems:
         import numpy as np
 
         t = item_texts.c
-        with self._database.read() as connection:
-            mine = t.namespace_id == self._locate(connection, namespace), t.fingerprint == fingerprint
+        with self._database.read(namespace) as connection:
+            mine = t.namespace_id == self._number(connection, namespace), t.fingerprint == fingerprint
             found = connection.execute(select(t.pk, t.text, t.vector).where(*mine).order_by(t.pk)).all()
         matrix = np.frombuffer(b"".join(row.vector for row in found), dtype="<f4").reshape(
             len(found), -1 if found else 0
@@ -306,7 +310,7 @@ def count(connection: sa.Connection, ns: int, now: datetime) -> int:
 
 def count_pending(connection: sa.Connection, ns: int, fingerprint: str) -> int:
     """How many texts of items have no vector under ``fingerprint``."""
-    return int(connection.exec_driver_sql(COUNT_PENDING, {"ns": ns, "f": fingerprint}).scalar_one())
+    return int(connection.execute(COUNT_PENDING, {"ns": ns, "f": fingerprint}).scalar_one())
 
 
 def forget(connection: sa.Connection, ns: int, now: datetime) -> list[str]:
@@ -350,23 +354,21 @@ def _store(
     """Make the changes; ``known`` is what stands under their addresses."""
     deleted = [known[address].pk for address, change in changes.items() if change.value is None and address in known]
     for part in parts(deleted):
-        connection.execute(items.delete().where(items.c.pk.in_(part)))
+        connection.execute(items.delete().where(own(items, ns), items.c.pk.in_(part)))
     puts = {address: change for address, change in changes.items() if change.value is not None}
     old = {address: known[address] for address in puts if address in known}
     new = [address for address in puts if address not in known]
     if old:
         connection.execute(
-            items.update().where(items.c.pk == bindparam("row")),
+            items.update().where(own(items, ns), items.c.pk == bindparam("row")),
             [{"row": row.pk, **_values(puts[address], now, row)} for address, row in old.items()],
         )
     pks = {address: row.pk for address, row in old.items()}
     if new:
         where = ({"namespace_id": ns, "path": as_labels(path), "key": key} for path, key in new)
         connection.execute(items.insert(), [w | _values(puts[a], now) for w, a in zip(where, new, strict=True)])
-        # AUTOINCREMENT under the write lock numbers the rows of one insert without gaps
-        last = connection.execute(select(func.max(items.c.pk))).scalar_one()
-        pks |= dict(zip(new, range(last - len(new) + 1, last + 1), strict=True))
-    made = _take_texts(connection, [row.pk for row in old.values()])
+        pks |= {address: row.pk for address, row in _known(connection, ns, new).items()}
+    made = _take_texts(connection, ns, [row.pk for row in old.values()])
     texts = [
         {"item_pk": pk, "namespace_id": ns, "field": field, "text": text, **made.get((pk, text), NOT_MADE)}
         for address, pk in pks.items()
@@ -376,11 +378,11 @@ def _store(
         connection.execute(item_texts.insert(), texts)
 
 
-def _take_texts(connection: sa.Connection, pks: Sequence[int]) -> dict[tuple[int, str], dict[str, Any]]:
+def _take_texts(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[tuple[int, str], dict[str, Any]]:
     """Delete the items' texts; gives back the vectors that they had, so that of a text put again none is made."""
     made: dict[tuple[int, str], dict[str, Any]] = {}
     for part in parts(pks):
-        theirs = item_texts.c.item_pk.in_(part)
+        theirs = sa.and_(own(item_texts, ns), item_texts.c.item_pk.in_(part))
         for row in connection.execute(select(item_texts).where(theirs)):
             made[row.item_pk, row.text] = {"fingerprint": row.fingerprint, "vector": row.vector}
         connection.execute(item_texts.delete().where(theirs))
@@ -407,13 +409,14 @@ def _expiry(now: datetime, ttl: float) -> datetime:
     return now + timedelta(minutes=ttl)
 
 
-def _cosines(connection: sa.Connection, pks: Sequence[int], vector: Vector, fingerprint: str) -> Vector:
+def _cosines(connection: sa.Connection, ns: int, pks: Sequence[int], vector: Vector, fingerprint: str) -> Vector:
     """For each item the best cosine of its texts, ``NO_TEXT`` where it has no vector."""
     import numpy as np
 
     best = np.full(len(pks), NO_TEXT, dtype=np.float32)
     place = {pk: i for i, pk in enumerate(pks)}
-    found = connection.exec_driver_sql(VECTORS, (json.dumps(sorted(pks)), fingerprint))
+    told = {"pks": json.dumps(sorted(pks)), "ns": ns, "f": fingerprint}
+    found = connection.execute(VECTORS[connection.dialect.name], told)
     for run in found.partitions(VECTORS_PAGE):
         theirs, blobs = zip(*run, strict=True)
         matrix = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(run), -1)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import func, select
-from sqlalchemy.dialects.sqlite import insert
 
 from memory_os.errors import StoreError
-from memory_os.stores.rows import as_labels, parts
-from memory_os.stores.schema import bank, namespaces, segments
-from memory_os.types import BankOptions, Namespace
+from memory_os.stores.namespaces import locate
+from memory_os.stores.rows import parts, upsert
+from memory_os.stores.schema import bank, segments
+from memory_os.types import BankOptions
 
 __all__ = [
     "Entry",
@@ -87,13 +87,6 @@ def _stem(id_: str) -> str:
     return hashlib.sha256(id_.encode()).hexdigest()[:STEM]
 
 
-def locate(connection: sa.Connection, namespace: Namespace) -> tuple[int, int]:
-    """``(number of the namespace, its last seq)``; -1, which no row has, if nothing was ever stored in it."""
-    query = select(namespaces.c.id, namespaces.c.last_seq).where(namespaces.c.labels == as_labels(namespace))
-    row = connection.execute(query).one_or_none()
-    return (row.id, row.last_seq) if row else (-1, 0)
-
-
 def segments_of(connection: sa.Connection, ns: int, ids: Sequence[str]) -> dict[str, tuple[int, int]]:
     """``{id: (row, seq)}`` of the segments that exist."""
     found: dict[str, tuple[int, int]] = {}
@@ -142,7 +135,7 @@ def write(connection: sa.Connection, entry: Entry, chunks: bytes) -> None:
         "chunks": chunks,
     }
     row = {"segment_pk": entry.segment_pk, "fingerprint": entry.fingerprint, **values}
-    connection.execute(insert(bank).values(row).on_conflict_do_update(set_=values))
+    upsert(connection, bank, [row], ("segment_pk", "fingerprint"))
 
 
 def touch(connection: sa.Connection, fingerprint: str, pks: Sequence[int], used: int) -> None:
@@ -191,14 +184,19 @@ def remove(connection: sa.Connection, folder: Path, entries: Iterable[Entry]) ->
         unlink(folder / str(entry.namespace_id) / entry.file)
 
 
-def forget(connection: sa.Connection, folder: Path, ns: int, ids: Sequence[str], *, preview: bool = False) -> int:
+def forget(
+    connection: sa.Connection, folder: Path | None, ns: int, ids: Sequence[str], *, preview: bool = False
+) -> int:
     """Delete all that there is of these segments, files without a row included; gives back how many entries.
 
     The files go before the transaction ends: what is forgotten is gone from the disk. If the transaction fails, rows
     are left without a file, which the bank removes when it meets them.
 
+    :param folder: ``None`` where this database has no bank.
     :param preview: the transaction will be undone: leave the files.
     """
+    if folder is None:
+        return 0
     stems = {_stem(id_) for id_ in ids}
     gone = {name for name in _names(folder / str(ns)) if name[:STEM] in stems}
     for name in () if preview else gone:

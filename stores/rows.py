@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from memory_os.types import Namespace, Segment
 
-__all__ = ["as_labels", "as_seq", "as_time", "parts", "to_row", "to_segment"]
+__all__ = ["as_labels", "as_seq", "as_time", "holds", "insert", "own", "parts", "to_row", "to_segment", "upsert"]
 
 T = TypeVar("T")
 
@@ -27,6 +30,69 @@ def parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """The values in runs that fit one query."""
     for start in range(0, len(values), IN_LIMIT):
         yield values[start : start + IN_LIMIT]
+
+
+class _Namespace(FunctionElement[int]):
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(_Namespace)
+def _as_column(element: _Namespace, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+@compiles(_Namespace, "sqlite")
+def _as_value(element: _Namespace, compiler: Any, **options: Any) -> str:
+    return f"+{compiler.process(element.clauses, **options)}"
+
+
+def own(table: sa.Table, ns: int) -> sa.ColumnElement[bool]:
+    """The condition for a row of the namespace, beside another that names the rows.
+
+    PostgreSQL finds the partition by it. SQLite only checks it: without statistics it would take an index by namespace
+    for better than the list of rows, and read the whole namespace.
+    """
+    return _Namespace(table.c.namespace_id) == ns
+
+
+class _Position(FunctionElement[int]):
+    type = sa.Integer()
+    inherit_cache = True
+
+
+@compiles(_Position)
+def _instr(element: _Position, compiler: Any, **options: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **options)})"
+
+
+@compiles(_Position, "postgresql")
+def _strpos(element: _Position, compiler: Any, **options: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **options)})"
+
+
+def holds(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
+    """The condition for a text, or JSON as it is written, with this text in it, letter by letter."""
+    return _Position(sa.cast(column, sa.Text), sa.cast(text, sa.Text)) > 0
+
+
+def insert(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that knows ON CONFLICT."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def upsert(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> None:
+    """Store rows, each in place of the one with its key.
+
+    :param key: that of the table; PostgreSQL's begins with the namespace.
+    """
+    if not rows:
+        return
+    if connection.dialect.name == "postgresql" and "namespace_id" not in key:
+        key = ("namespace_id", *key)
+    new = insert(connection, table)
+    values = {name: new.excluded[name] for name in rows[0] if name not in key}
+    connection.execute(new.on_conflict_do_update(index_elements=list(key), set_=values), list(rows))
 
 
 def as_seq(ref: str) -> int | None:

@@ -1,5 +1,7 @@
 """The tables, as SQLAlchemy sees them. Their history is in migrations/; a test keeps the two equal.
 
+On PostgreSQL every key begins with ``namespace_id``, and the large tables are partitioned by it (``partitions``).
+
 ``segments``, ``traces``, ``items``, ``tombstones`` and ``namespaces`` are the record, and so are the texts in
 ``item_texts``: which of an item's are searched. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are derived
 from ``segments``, ``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model, the vectors of
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     CheckConstraint,
     Column,
     Float,
@@ -54,34 +57,36 @@ SUMMARY_TASK = "summary"
 
 metadata = MetaData()
 
+Number = Integer().with_variant(BigInteger(), "postgresql")
+
 namespaces = Table(
     "namespaces",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Number, primary_key=True),
     Column("labels", Text, nullable=False, unique=True),  # JSON array; compared whole, never by pattern
-    Column("last_seq", Integer, nullable=False, default=0),
-    Column("n_segments", Integer, nullable=False, default=0),  # with n_terms: the corpus statistics of BM25
-    Column("n_terms", Integer, nullable=False, default=0),
-    Column("epoch", Integer, nullable=False, default=0),  # grows when segments or vectors go away
+    Column("last_seq", Number, nullable=False, default=0),
+    Column("n_segments", Number, nullable=False, default=0),  # with n_terms: the corpus statistics of BM25
+    Column("n_terms", Number, nullable=False, default=0),
+    Column("epoch", Number, nullable=False, default=0),  # grows when segments or vectors go away
 )
 
 segments = Table(
     "segments",
     metadata,
-    Column("pk", Integer, primary_key=True),
+    Column("pk", Number, primary_key=True),
     Column("id", String(36), nullable=False),
-    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
-    Column("seq", Integer, nullable=False),
+    Column("namespace_id", Number, ForeignKey("namespaces.id"), nullable=False),
+    Column("seq", Number, nullable=False),
     Column("session", Text, nullable=False),
     Column("role", Text, nullable=False),
     Column("speaker", Text),
     Column("kind", Text, nullable=False),
     Column("text", Text, nullable=False),
     Column("created_at", Text, nullable=False),  # event time, ISO 8601, UTC
-    Column("n_tokens", Integer, nullable=False),
+    Column("n_tokens", Number, nullable=False),
     Column("source", Text),
-    Column("offset_start", Integer),
-    Column("offset_end", Integer),
+    Column("offset_start", Number),
+    Column("offset_end", Number),
     Column("metadata", JSON, nullable=False),
     Column("key", Text),
     UniqueConstraint("namespace_id", "id"),  # an export imported into another namespace keeps its ids
@@ -94,9 +99,9 @@ segments = Table(
 vectors = Table(
     "vectors",
     metadata,
-    Column("pk", Integer, primary_key=True),
-    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), nullable=False, unique=True),
-    Column("namespace_id", Integer, nullable=False),
+    Column("pk", Number, primary_key=True),
+    Column("segment_pk", Number, ForeignKey("segments.pk", ondelete="CASCADE"), nullable=False, unique=True),
+    Column("namespace_id", Number, nullable=False),
     Column("fingerprint", Text, nullable=False),
     Column("vector", LargeBinary, nullable=False),  # float32, little-endian, unit length
     Column("tokens", LargeBinary),  # int8, [tokens, token dimension]: see TokenEmbedder
@@ -107,35 +112,35 @@ vectors = Table(
 pending = Table(
     "pending",
     metadata,
-    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("segment_pk", Number, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
     Column("task", Text, primary_key=True),
-    Column("namespace_id", Integer, nullable=False),
+    Column("namespace_id", Number, nullable=False),
     Index("ix_pending_namespace", "namespace_id", "task", "segment_pk"),
 )
 
 summaries = Table(
     "summaries",
     metadata,
-    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("segment_pk", Number, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
     Column("method", Text, primary_key=True),  # which model and prompt made it
-    Column("namespace_id", Integer, nullable=False),
+    Column("namespace_id", Number, nullable=False),
     Column("text", Text, nullable=False),
 )
 
 activations = Table(
     "activations",
     metadata,
-    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
-    Column("namespace_id", Integer, nullable=False),
-    Column("seq", Integer, nullable=False),  # of the query in whose context the segment last stood
+    Column("segment_pk", Number, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("namespace_id", Number, nullable=False),
+    Column("seq", Number, nullable=False),  # of the query in whose context the segment last stood
     Index("ix_activations_namespace", "namespace_id"),
 )
 
 scores = Table(
     "scores",
     metadata,
-    Column("pk", Integer, primary_key=True),
-    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
+    Column("pk", Number, primary_key=True),
+    Column("namespace_id", Number, ForeignKey("namespaces.id"), nullable=False),
     Column("key", Text, nullable=False),  # digest of model, question and text
     Column("value", JSON, nullable=False),
     UniqueConstraint("namespace_id", "key"),
@@ -144,15 +149,15 @@ scores = Table(
 bank = Table(
     "bank",
     metadata,
-    Column("segment_pk", Integer, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
+    Column("segment_pk", Number, ForeignKey("segments.pk", ondelete="CASCADE"), primary_key=True),
     Column("fingerprint", Text, primary_key=True),  # of model, prompt and form
-    Column("namespace_id", Integer, nullable=False),
-    Column("seq", Integer, nullable=False),
+    Column("namespace_id", Number, nullable=False),
+    Column("seq", Number, nullable=False),
     Column("file", Text, nullable=False),  # its name in the namespace's folder
-    Column("n_tokens", Integer, nullable=False),
-    Column("n_bytes", Integer, nullable=False),  # of the file and the chunks together
+    Column("n_tokens", Number, nullable=False),
+    Column("n_bytes", Number, nullable=False),  # of the file and the chunks together
     Column("sha256", Text, nullable=False),  # of the file
-    Column("used", Integer, nullable=False),  # the namespace's last seq when it was last written or used
+    Column("used", Number, nullable=False),  # the namespace's last seq when it was last written or used
     Column("surprisal", Float),
     Column("chunks", LargeBinary, nullable=False),  # mean keys, float16, [chunks, kv_heads, head_dim]
     Index("ix_bank_namespace", "namespace_id", "seq"),
@@ -161,8 +166,8 @@ bank = Table(
 items = Table(
     "items",
     metadata,
-    Column("pk", Integer, primary_key=True),
-    Column("namespace_id", Integer, ForeignKey("namespaces.id"), nullable=False),
+    Column("pk", Number, primary_key=True),
+    Column("namespace_id", Number, ForeignKey("namespaces.id"), nullable=False),
     Column("path", Text, nullable=False),  # JSON array, as namespaces.labels
     Column("key", Text, nullable=False),
     Column("value", JSON, nullable=False),
@@ -179,9 +184,9 @@ items = Table(
 item_texts = Table(
     "item_texts",
     metadata,
-    Column("pk", Integer, primary_key=True),
-    Column("item_pk", Integer, ForeignKey("items.pk", ondelete="CASCADE"), nullable=False),
-    Column("namespace_id", Integer, nullable=False),
+    Column("pk", Number, primary_key=True),
+    Column("item_pk", Number, ForeignKey("items.pk", ondelete="CASCADE"), nullable=False),
+    Column("namespace_id", Number, nullable=False),
     Column("field", Text, nullable=False),
     Column("text", Text, nullable=False),
     Column("fingerprint", Text),  # NULL, or another embedder's: the vector is still to be made
@@ -195,7 +200,7 @@ item_texts = Table(
 tombstones = Table(
     "tombstones",
     metadata,
-    Column("namespace_id", Integer, ForeignKey("namespaces.id"), primary_key=True),
+    Column("namespace_id", Number, ForeignKey("namespaces.id"), primary_key=True),
     Column("digest", LargeBinary, primary_key=True),  # of what was forgotten, and must not come back by itself
     Column("kind", Text, nullable=False),  # of a name: see tombstones
     sqlite_with_rowid=False,
@@ -204,7 +209,7 @@ tombstones = Table(
 traces = Table(
     "traces",
     metadata,
-    Column("namespace_id", Integer, ForeignKey("namespaces.id"), primary_key=True),
+    Column("namespace_id", Number, ForeignKey("namespaces.id"), primary_key=True),
     Column("id", String(36), primary_key=True),
     Column("query_id", String(36), index=True),
     Column("reply_id", String(36), index=True),

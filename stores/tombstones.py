@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import select
-from sqlalchemy.dialects.sqlite import insert
 
-from memory_os.stores.rows import parts
+from memory_os.stores.rows import insert, parts
 from memory_os.stores.schema import tombstones
 
 __all__ = ["Names", "buried", "bury", "lift"]
@@ -41,7 +40,7 @@ def bury(connection: sa.Connection, ns: int, names: Names) -> int:
         if digest not in known
     ]
     if rows:
-        connection.execute(insert(tombstones).on_conflict_do_nothing(), rows)
+        connection.execute(insert(connection, tombstones).on_conflict_do_nothing(), rows)
     return len(rows)
 
 

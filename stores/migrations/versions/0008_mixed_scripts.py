@@ -24,7 +24,7 @@ def upgrade() -> None:
             right = {row.pk: terms_of(row.text) for row in rows if not row.text.isascii()}
             stored = fulltext.read(connection, ns, list(right))
             stale = [pk for pk, terms in right.items() if stored.get(pk) != terms]
-            fulltext.remove(connection, stale)
+            fulltext.remove(connection, ns, stale)
             fulltext.add(connection, [(pk, ns, right[pk]) for pk in stale])
             changed = changed or bool(stale)
     if changed:

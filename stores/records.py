@@ -1,6 +1,6 @@
-"""The source of truth in one SQLite file: records, vectors as rows, and the lexical index, in step by transaction.
+"""The source of truth in one database: records, vectors as rows, and the lexical index, in step by transaction.
 
-Every write is one ``BEGIN IMMEDIATE`` transaction under ``synchronous=FULL``: a method that returns has reached the
+Every write is one transaction, and begins with the lock of the namespace's row: a method that returns has reached the
 disk, one that raises has changed nothing.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -24,11 +23,12 @@ from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
 from memory_os.protocols import Deleted, Profile, State
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
-from memory_os.stores import digest, forgetting, fulltext, manifest, residue, scrub, tombstones
+from memory_os.stores import digest, forgetting, fulltext, tombstones
 from memory_os.stores import items as item_rows
+from memory_os.stores.backend import Backend, again
 from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_deep
-from memory_os.stores.database import Database
-from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
+from memory_os.stores.namespaces import claim, locate
+from memory_os.stores.rows import as_labels, as_seq, as_time, own, parts, to_row, to_segment
 from memory_os.stores.schema import (
     SUMMARY_TASK,
     VECTOR_TASK,
@@ -41,13 +41,14 @@ from memory_os.stores.schema import (
     traces,
     vectors,
 )
+from memory_os.stores.scrub import PATIENCE_S
 from memory_os.trace import part_in, trace_from_dict, trace_to_dict, without_text
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
     from memory_os.protocols import Matrix
 
-__all__ = ["SqliteStore"]
+__all__ = ["Records"]
 
 SCAN_PAGE = 1000
 OTHER_LENGTH = (
@@ -57,33 +58,30 @@ OTHER_LENGTH = (
 
 # Asked in every turn, so as plain SQL: building a statement takes longer than running it.
 _LAST_VECTOR = "(SELECT max(pk) FROM vectors WHERE namespace_id = :ns AND fingerprint = :f)"
-EPOCH = f"SELECT (SELECT epoch FROM namespaces WHERE id = :ns), {_LAST_VECTOR}"
+EPOCH = sa.text(f"SELECT (SELECT epoch FROM namespaces WHERE id = :ns), {_LAST_VECTOR}")
 # smallest and largest fingerprint: two look-ups in the index instead of a scan for stale vectors
-STATE = f"""
+STATE = sa.text(f"""
     SELECT epoch, last_seq, n_segments,
         (SELECT pk FROM segments WHERE namespace_id = :ns ORDER BY seq DESC LIMIT 1), {_LAST_VECTOR},
         (SELECT count(*) FROM pending WHERE namespace_id = :ns AND task = :task),
         (SELECT min(fingerprint) FROM vectors WHERE namespace_id = :ns),
         (SELECT max(fingerprint) FROM vectors WHERE namespace_id = :ns)
-    FROM namespaces WHERE id = :ns"""
+    FROM namespaces WHERE id = :ns""")
 
 
-class SqliteStore:
-    """``RecordStore`` over one SQLite file.
+@again
+class Records:
+    """``RecordStore`` over a database.
 
-    :param path: the file; its folder must exist.
     :param count_tokens: gives a text's length in cl100k_base tokens.
     :param redact: takes secrets out of all that is stored; names, which cannot be redacted, are refused.
-    :raises StoreError: if the file cannot be opened, created or migrated.
-    :raises SchemaError: if it was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
-        self.path = path
+    def __init__(self, database: Backend, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
+        self.database = database
         self._redact = redact
         self._count_tokens = count_tokens
         self._ids: dict[Namespace, int] = {}
-        self.database = Database(path)
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -98,15 +96,15 @@ class SqliteStore:
             return []
         new = [self._cleaned(item) for item in new]
         prepared = [self._prepared(item) for item in new]
-        with self.database.write() as connection:
+        with self.database.write(namespace) as connection:
             if restore:
-                ns, _ = self._claim(connection, namespace)
+                ns, _ = claim(connection, namespace)
                 tombstones.lift(connection, ns, _names(new))
             return self._insert(connection, namespace, prepared, restore=restore)
 
     def forgotten(self, namespace: Namespace, new: Sequence[NewSegment]) -> int:
         """How many of these were forgotten, or sum up what was, and are not stored by ``append``."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             return len(_forgotten(connection, ns, [self._cleaned(item) for item in new]))
 
@@ -116,8 +114,8 @@ class SqliteStore:
         wanted = {item.key: self._prepared(item) for item in new if item.key}  # the last of several under one key
         if not wanted:
             return []
-        with self.database.write() as connection:
-            ns, _ = self._claim(connection, namespace)
+        with self.database.write(namespace) as connection:
+            ns, _ = claim(connection, namespace)
             there: dict[str, Segment] = {}
             for part in parts(list(wanted)):
                 query = select(segments).where(segments.c.namespace_id == ns, segments.c.key.in_(part))
@@ -125,7 +123,7 @@ class SqliteStore:
             old = [segment.id for key, segment in there.items() if not _says_the_same(segment, wanted[key][0])]
             if old:
                 going = digest.with_summaries(connection, ns, old)
-                forgetting.remove(connection, manifest.bank_folder(self.path), ns, going)
+                forgetting.remove(connection, self.database.bank_folder, ns, going)
             tombstones.lift(connection, ns, _names([item for item, _, _ in wanted.values()]))
             stored = self._insert(connection, namespace, list(wanted.values()))
         by_key = there | {segment.key: segment for segment in stored if segment.key}
@@ -152,7 +150,7 @@ class SqliteStore:
     ) -> list[Segment]:
         now = datetime.now(UTC)
         stored: list[Segment] = []
-        ns, last_seq = self._claim(connection, namespace)
+        ns, last_seq = claim(connection, namespace)
         keys = self._existing(connection, segments.c.key, [i.key for i, _, _ in prepared if i.key], ns)
         ids = self._existing(connection, segments.c.id, [i.id for i, _, _ in prepared if i.id], ns)
         gone = set() if restore else _forgotten(connection, ns, [item for item, _, _ in prepared])
@@ -187,8 +185,7 @@ class SqliteStore:
         if not rows:
             return []
         connection.execute(segments.insert(), rows)
-        first, last = self._pk_range(connection, ns, stored)
-        pks = range(first, last + 1)
+        pks = self._new_pks(connection, ns, stored)
         fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
         connection.execute(
             pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
@@ -204,20 +201,9 @@ class SqliteStore:
         )
         return stored
 
-    def _claim(self, connection: sa.Connection, namespace: Namespace) -> tuple[int, int]:
-        labels = as_labels(namespace)
-        query = select(namespaces.c.id, namespaces.c.last_seq).where(namespaces.c.labels == labels)
-        row = connection.execute(query).one_or_none()
-        if row is None:
-            connection.execute(namespaces.insert().values(labels=labels, last_seq=0, n_segments=0, n_terms=0, epoch=0))
-            row = connection.execute(query).one()
-        return row.id, row.last_seq
-
-    def _pk_range(self, connection: sa.Connection, ns: int, stored: Sequence[Segment]) -> tuple[int, int]:
-        # AUTOINCREMENT under the write lock numbers the rows of one insert without gaps
-        query = select(segments.c.pk).where(segments.c.namespace_id == ns, segments.c.seq == stored[-1].seq)
-        last = connection.execute(query).scalar_one()
-        return last - len(stored) + 1, last
+    def _new_pks(self, connection: sa.Connection, ns: int, stored: Sequence[Segment]) -> list[int]:
+        new = segments.c.namespace_id == ns, segments.c.seq >= stored[0].seq
+        return list(connection.execute(select(segments.c.pk).where(*new).order_by(segments.c.seq)).scalars())
 
     def _existing(self, connection: sa.Connection, column: sa.Column[Any], values: Sequence[str], ns: int) -> set[str]:
         found: set[str] = set()
@@ -238,7 +224,7 @@ class SqliteStore:
 
     def _having(self, namespace: Namespace, column: sa.Column[Any], values: Iterable[str]) -> list[Segment]:
         found: list[Segment] = []
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(list(values)):
                 query = select(segments).where(segments.c.namespace_id == ns, column.in_(part))
@@ -250,7 +236,7 @@ class SqliteStore:
 
         An id may be anything, a number too: it goes first, so that whoever has one gets its segment or none.
         """
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             mine = segments.c.namespace_id == self._namespace_id(connection, namespace)
             number = as_seq(ref) if isinstance(ref, str) else ref
             by_id, by_seq = segments.c.id == ref, segments.c.seq == number
@@ -262,7 +248,7 @@ class SqliteStore:
 
     def with_summaries(self, namespace: Namespace, ids: Sequence[str]) -> list[str]:
         """These ids, and those of every summary that was made of them or shown them, through all levels."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             return digest.with_summaries(connection, self._namespace_id(connection, namespace), ids)
 
     def tail(
@@ -275,7 +261,7 @@ class SqliteStore:
         kind: Kind | None = None,
     ) -> list[Segment]:
         """The last ``n`` segments (of the session, of the kind) with ``seq <= upto``, in the order of ``seq``."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             query = select(segments).where(segments.c.namespace_id == self._namespace_id(connection, namespace))
             if session is not None:
                 query = query.where(segments.c.session == session)
@@ -289,7 +275,7 @@ class SqliteStore:
     def scan(self, namespace: Namespace, *, session: str | None = None, after: int = 0) -> Iterator[Segment]:
         """Every segment (of the session) with ``seq > after``, in the order of ``seq``, read page by page."""
         while True:
-            with self.database.read() as connection:
+            with self.database.read(namespace) as connection:
                 query = select(segments).where(
                     segments.c.namespace_id == self._namespace_id(connection, namespace), segments.c.seq > after
                 )
@@ -303,7 +289,7 @@ class SqliteStore:
 
     def last_seq(self, namespace: Namespace) -> int:
         """The highest ``seq`` ever given in the namespace."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             query = select(namespaces.c.last_seq).where(namespaces.c.labels == as_labels(namespace))
             return connection.execute(query).scalar_one_or_none() or 0
 
@@ -323,7 +309,7 @@ class SqliteStore:
         before: datetime | None = None,
     ) -> list[str]:
         """The ids of all segments (of the session) with event times in ``[after, before)``, in the order of ``seq``."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             query = select(segments.c.id).where(segments.c.namespace_id == self._namespace_id(connection, namespace))
             if session is not None:
                 query = query.where(segments.c.session == session)
@@ -351,31 +337,33 @@ class SqliteStore:
         """
         counts = Counter(dict.fromkeys(forgetting.PLACES, 0))
         gone: set[bytes] | None = set()
-        bank_folder = manifest.bank_folder(self.path)
-        with self.database.write() as connection:
+        folder = self.database.bank_folder
+        numbers: list[int] = []
+        with self.database.write(next(iter(going)) if len(going) == 1 else None) as connection:
             for namespace, ids in going.items():
-                ns = self._namespace_id(connection, namespace)
+                ns, _ = locate(connection, namespace, lock=True)
+                numbers.append(ns)
                 removed = forgetting.forget(
-                    connection, bank_folder, ns, ids, everything=everything, bury=bury, preview=preview
+                    connection, folder, ns, ids, everything=everything, bury=bury, preview=preview
                 )
                 counts.update(removed.counts)
                 gone = None if gone is None or removed.gone is None else gone | removed.gone
             if preview or not any(counts.values()):
                 connection.rollback()
                 return Deleted(dict(counts), gone, 0, True)
-            alone = not scrub.due(connection)
-            return Deleted(dict(counts), gone if alone else None, scrub.mark(connection), alone)
+            alone = not self.database.due(connection)
+            return Deleted(dict(counts), gone if alone else None, self.database.mark(connection, numbers), alone)
 
-    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float = scrub.PATIENCE_S) -> bool:
+    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float = PATIENCE_S) -> bool:
         """Leave nothing in the store's files of what was deleted; whether that is so now."""
         return self.database.scrub(deleted.gone, deleted.mark, index_purged=index_purged, patience_s=patience_s)
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.
 
-        Of the database, its log and its copies, the bank, and the Chroma index.
+        Of a database server none is looked at.
         """
-        return residue.files_with(self.path, texts)
+        return self.database.files_with(texts)
 
     def still_held(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that something stored has in it."""
@@ -397,7 +385,7 @@ class SqliteStore:
 
     def search(self, namespace: Namespace, text: str, k: int, *, upto: int | None = None) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, BM25)``; see ``fulltext.MAX_POSTINGS`` for very common terms."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             return fulltext.search(connection, ns, text, k, self._pk_bound(connection, ns, upto))
 
@@ -417,9 +405,9 @@ class SqliteStore:
 
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last row)``; see ``VectorSource``."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
-            row = connection.exec_driver_sql(EPOCH, {"ns": ns, "f": fingerprint}).one()
+            row = connection.execute(EPOCH, {"ns": ns, "f": fingerprint}).one()
         return row[0] or 0, row[1] or 0
 
     def read_vectors(
@@ -428,12 +416,13 @@ class SqliteStore:
         """The rows added after row ``after``, in the order in which they were added."""
         import numpy as np
 
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
+            ns = self._namespace_id(connection, namespace)
             rows = connection.execute(
                 select(vectors.c.pk, segments.c.id, segments.c.seq, vectors.c.vector)
-                .join(segments, segments.c.pk == vectors.c.segment_pk)
+                .join(segments, sa.and_(own(segments, ns), segments.c.pk == vectors.c.segment_pk))
                 .where(
-                    vectors.c.namespace_id == self._namespace_id(connection, namespace),
+                    vectors.c.namespace_id == ns,
                     vectors.c.fingerprint == fingerprint,
                     vectors.c.pk > after,
                 )
@@ -448,12 +437,13 @@ class SqliteStore:
 
     def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
         """``(seq, token vectors)`` of the rows added after row ``after``, where there are any."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
+            ns = self._namespace_id(connection, namespace)
             rows = connection.execute(
                 select(segments.c.seq, vectors.c.tokens)
-                .join(segments, segments.c.pk == vectors.c.segment_pk)
+                .join(segments, sa.and_(own(segments, ns), segments.c.pk == vectors.c.segment_pk))
                 .where(
-                    vectors.c.namespace_id == self._namespace_id(connection, namespace),
+                    vectors.c.namespace_id == ns,
                     vectors.c.fingerprint == fingerprint,
                     vectors.c.pk > after,
                     vectors.c.tokens.is_not(None),
@@ -464,9 +454,9 @@ class SqliteStore:
 
     def state(self, namespace: Namespace, fingerprint: str) -> State:
         """Where the namespace stands now, by one query."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
-            row = connection.exec_driver_sql(STATE, {"ns": ns, "f": fingerprint, "task": VECTOR_TASK}).one_or_none()
+            row = connection.execute(STATE, {"ns": ns, "f": fingerprint, "task": VECTOR_TASK}).one_or_none()
             if row is None:
                 return State(0, 0, 0, 0, 0, 0, 0)
             *numbers, listed, first, last = row
@@ -478,13 +468,13 @@ class SqliteStore:
 
     def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
         """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             asks = sa.or_(*(func.rtrim(segments.c.text).like(f"%{mark}") for mark in "?？"))
             c = segments.c
             # a question names people, and not "summary of jane_eyre.txt"
             who = sa.case((c.kind == "summary", c.role), else_=func.coalesce(c.speaker, c.role))
-            written = sa.type_coerce(c.metadata, sa.Text)
+            written = sa.cast(c.metadata, sa.Text)
             echo = sa.case((written.contains(f'"{FIELD}"'), written))
             rows = connection.execute(
                 select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant", echo)
@@ -514,7 +504,7 @@ class SqliteStore:
     ) -> list[Segment]:
         """Segments whose vector under ``fingerprint`` is still to be made, oldest first, or newest first."""
         order = segments.c.pk.desc() if newest else segments.c.pk
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             query = self._pending_query(connection, namespace, fingerprint, select(segments), stale)
             rows = connection.execute(query.order_by(order).limit(limit)).all()
         return [to_segment(row, namespace) for row in rows]
@@ -535,7 +525,7 @@ class SqliteStore:
         if stale and self._has_stale(connection, ns, fingerprint):
             theirs = vectors.c.namespace_id == ns, vectors.c.fingerprint != fingerprint
             todo = sa.or_(todo, segments.c.pk.in_(select(vectors.c.segment_pk).where(*theirs)))
-        return query.where(todo)
+        return query.where(own(segments, ns), todo)
 
     def put_vectors(
         self,
@@ -553,8 +543,8 @@ class SqliteStore:
         rows = zip(ids, matrix, by_token, strict=True)
         n_new = 0
         blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
-        with self.database.write() as connection:
-            ns = self._namespace_id(connection, namespace)
+        with self.database.write(namespace) as connection:
+            ns, _ = locate(connection, namespace, lock=True)
             for part in parts(list(blobs)):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
@@ -563,7 +553,7 @@ class SqliteStore:
                 pks = [row.pk for row in found]
                 if not pks:
                     continue
-                theirs = vectors.c.segment_pk.in_(pks)
+                theirs = sa.and_(own(vectors, ns), vectors.c.segment_pk.in_(pks))
                 # the epoch stays: what is kept in memory of another embedder's vectors is still right
                 connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
                 made = set(connection.execute(select(vectors.c.segment_pk).where(theirs)).scalars())
@@ -581,53 +571,55 @@ class SqliteStore:
                 n_new += len(new)
                 if new:
                     connection.execute(vectors.insert(), new)
-                connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
+                done = own(pending, ns), pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK
+                connection.execute(pending.delete().where(*done))
         return n_new
 
     # -- summaries and activations -------------------------------------------------------------------------------
 
     def read_summaries(self, namespace: Namespace, ids: Sequence[str], method: str) -> dict[str, str]:
         """The summaries by this method that there are, by segment id."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             return digest.read_summaries(connection, self._namespace_id(connection, namespace), ids, method)
 
     def put_summary(self, namespace: Namespace, id_: str, method: str, text: str) -> None:
         """Store a summary and strike the work off; nothing where the segment is gone by now."""
-        with self.database.write() as connection:
-            ns = self._namespace_id(connection, namespace)
+        with self.database.write(namespace) as connection:
+            ns, _ = locate(connection, namespace, lock=True)
             digest.put_summary(connection, ns, id_, method, self.redacted(text))
 
     def list_for_summary(self, namespace: Namespace, ids: Sequence[str]) -> None:
         """Put segments on the list of those to be summarised."""
-        with self.database.write() as connection:
-            digest.put_on_list(connection, self._namespace_id(connection, namespace), ids)
+        with self.database.write(namespace) as connection:
+            digest.put_on_list(connection, locate(connection, namespace, lock=True)[0], ids)
 
     def listed_for_summary(self, namespace: Namespace, limit: int) -> list[Segment]:
         """Segments still to be summarised, oldest first."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             listed = select(pending.c.segment_pk).where(pending.c.namespace_id == ns, pending.c.task == SUMMARY_TASK)
-            query = select(segments).where(segments.c.pk.in_(listed)).order_by(segments.c.pk).limit(limit)
-            return [to_segment(row, namespace) for row in connection.execute(query)]
+            query = select(segments).where(own(segments, ns), segments.c.pk.in_(listed))
+            rows = connection.execute(query.order_by(segments.c.pk).limit(limit)).all()
+        return [to_segment(row, namespace) for row in rows]
 
     def last_activations(self, namespace: Namespace) -> dict[int, int]:
         """``{seq of a segment: seq of the query in whose context it last stood}``, for recorded turns."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             return digest.last_activations(connection, self._namespace_id(connection, namespace))
 
     # -- scores --------------------------------------------------------------------------------------------------
 
     def read_scores(self, namespace: Namespace, keys: Sequence[str]) -> dict[str, Any]:
         """What was kept under these keys."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             return digest.read_scores(connection, self._namespace_id(connection, namespace), keys)
 
     def put_scores(self, namespace: Namespace, values: Mapping[str, Any], *, epoch: int) -> None:
         """Keep what an LLM made of texts, by key, as JSON; nothing if rows went away since ``epoch``."""
         if self._redact:
             values = {key: cleaned(value, self._redact) for key, value in values.items()}
-        with self.database.write() as connection:
-            ns, _ = self._claim(connection, namespace)
+        with self.database.write(namespace) as connection:
+            ns, _ = claim(connection, namespace)
             now = connection.execute(select(namespaces.c.epoch).where(namespaces.c.id == ns)).scalar_one()
             if now == epoch:
                 digest.put_scores(connection, ns, values)
@@ -638,12 +630,12 @@ class SqliteStore:
         """Store a trace, or replace the one with its id; nothing of a turn, or of words, that were forgotten."""
         if self._redact:
             trace = clean_trace(trace, self._redact)
-        with self.database.write() as connection:
-            ns, _ = self._claim(connection, trace.namespace)
-            own = tombstones.Names(traces=[trace.id])
+        with self.database.write(trace.namespace) as connection:
+            ns, _ = claim(connection, trace.namespace)
+            name = tombstones.Names(traces=[trace.id])
             if restore:
-                tombstones.lift(connection, ns, own)
-            gone = tombstones.buried(connection, ns, own._replace(ids=part_in(trace)))
+                tombstones.lift(connection, ns, name)
+            gone = tombstones.buried(connection, ns, name._replace(ids=part_in(trace)))
             connection.execute(traces.delete().where(traces.c.id == trace.id, traces.c.namespace_id == ns))
             if trace.id in gone.traces or {trace.query_id, trace.reply_id} & {*gone.ids}:
                 return
@@ -662,13 +654,13 @@ class SqliteStore:
 
     def load_trace(self, namespace: Namespace, ref: str | int | None) -> Trace | None:
         """The trace with this id, or of the turn whose query or reply segment is ``ref``; the newest for ``None``."""
-        own = traces.c.id == ref
+        this = traces.c.id == ref
         segment = self.find(namespace, ref) if ref is not None else None
-        turn = sa.or_(*(column == segment.id for column in (traces.c.query_id, traces.c.reply_id))) if segment else own
-        with self.database.read() as connection:
+        turn = sa.or_(*(column == segment.id for column in (traces.c.query_id, traces.c.reply_id))) if segment else this
+        with self.database.read(namespace) as connection:
             mine = traces.c.namespace_id == self._namespace_id(connection, namespace)
             newest = select(traces.c.body).where(mine).order_by(traces.c.created_at.desc(), traces.c.id.desc()).limit(1)
-            for which in [sa.true()] if ref is None else [own, turn] if isinstance(ref, str) else [turn]:
+            for which in [sa.true()] if ref is None else [this, turn] if isinstance(ref, str) else [turn]:
                 body = connection.execute(newest.where(which)).scalar_one_or_none()
                 if body is not None:
                     return trace_from_dict(body)
@@ -676,7 +668,7 @@ class SqliteStore:
 
     def traces(self, namespace: Namespace) -> Iterator[Trace]:
         """Every trace of the namespace, oldest first."""
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             query = select(traces.c.id).where(traces.c.namespace_id == self._namespace_id(connection, namespace))
             ids = connection.execute(query.order_by(traces.c.created_at, traces.c.id)).scalars().all()
         for id_ in ids:
@@ -691,7 +683,7 @@ class SqliteStore:
 
         :param fingerprint: ``pending`` then counts vectors of another embedder as well, those of items included.
         """
-        with self.database.read() as connection:
+        with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             mine = segments.c.namespace_id == ns
             row = connection.execute(
@@ -715,11 +707,11 @@ class SqliteStore:
         return {
             "segments": row[0],
             "sessions": row[1],
-            "tokens": row[2],
+            "tokens": int(row[2]),
             "first": row[3],
             "last": row[4],
             **count,
-            "file": str(self.path),
+            "file": self.database.place,
             "file_bytes": self.database.size_bytes(),
         }
 

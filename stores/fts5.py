@@ -1,0 +1,78 @@
+"""Entries of the lexical index in SQLite: an FTS5 table. Functions on an open connection.
+
+The namespace's number is part of every term, so that a search cannot reach another namespace's entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import sqlalchemy as sa
+
+from memory_os.stores.rows import parts
+
+__all__ = ["add", "check", "clear", "compact", "newest", "read", "remove"]
+
+MAX_LEVEL_BYTES = 2000
+"""A level takes two bytes."""
+
+
+def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[str]]]) -> None:
+    """Add entries, given as ``(segment's row, namespace's number, terms)``."""
+    rows = [(pk, " ".join(f"{ns}_{term}" for term in terms)) for pk, ns, terms in entries]
+    if rows:
+        connection.exec_driver_sql("INSERT INTO lexical(rowid, terms) VALUES (?, ?)", rows)
+
+
+def remove(connection: sa.Connection, ns: int, pks: Sequence[int]) -> list[int]:
+    """Remove entries; gives back how many terms each of those that existed had."""
+    lengths: list[int] = []
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = connection.exec_driver_sql(f"SELECT terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        lengths += (len(terms.split()) for (terms,) in rows)
+        connection.exec_driver_sql(f"DELETE FROM lexical WHERE rowid IN ({marks})", tuple(part))
+    return lengths
+
+
+def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, list[str]]:
+    """The terms of these entries, by row."""
+    prefix = f"{ns}_"
+    found: dict[int, list[str]] = {}
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        found.update((pk, [term.removeprefix(prefix) for term in terms.split()]) for pk, terms in rows)
+    return found
+
+
+def newest(connection: sa.Connection, ns: int, term: str, bound: int, limit: int) -> list[int]:
+    """Rows up to ``bound`` that hold the term, newest first."""
+    cursor = connection.connection.cursor()  # straight from the driver, as thousands of result objects take time
+    cursor.execute(
+        "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?",
+        (f'"{ns}_{term}"', bound, limit),
+    )
+    return [pk for (pk,) in cursor.fetchall()]
+
+
+def compact(connection: sa.Connection) -> None:
+    """Write the whole index anew, without what removed entries left in it: 2 ms for 1,000 segments.
+
+    Until then their terms stand in its older parts, marked as deleted.
+    """
+    # each "optimize" adds two levels to FTS5's record of the index, which takes one of 2,000 for damage
+    levels = connection.exec_driver_sql("SELECT length(block) FROM lexical_data WHERE id = 10").scalar_one()
+    how = "rebuild" if levels > MAX_LEVEL_BYTES else "optimize"
+    connection.exec_driver_sql(f"INSERT INTO lexical(lexical) VALUES ('{how}')")
+
+
+def clear(connection: sa.Connection) -> None:
+    """Remove every entry, also from an index that does not match them."""
+    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('rebuild')")  # so that the deletion finds its way
+    connection.exec_driver_sql("DELETE FROM lexical")
+
+
+def check(connection: sa.Connection) -> None:
+    """Have FTS5 compare its index with the entries; it raises where they differ."""
+    connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('integrity-check')")

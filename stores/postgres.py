@@ -1,0 +1,412 @@
+"""One PostgreSQL database: connected to, brought to the newest schema, and read and written in transactions.
+
+A transaction names its namespace to the server (``partitions.SETTING``), whose policies then show no other's rows. The
+namespace's own row is its writers' lock; there is no global one. What a lost connection, a deadlock or a failed
+serialisation undid is tried again (``backend.again``); where the connection was lost at COMMIT, the server is asked
+whether that transaction was committed: nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from memory_os.address import without_password
+from memory_os.errors import MissingExtraError, StoreError
+from memory_os.stores import postings
+from memory_os.stores.backend import CLOSED, PATIENCE_S, TryAgain
+from memory_os.stores.partitions import SETTING, part_of
+from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, problem
+from memory_os.stores.rows import as_labels
+from memory_os.stores.schema import HEAD
+from memory_os.stores.upgrade import Upgrade
+from memory_os.types import Namespace
+
+if TYPE_CHECKING:
+    import psycopg
+
+__all__ = ["Postgres"]
+
+OLDEST = 14
+CONNECT_TIMEOUT_S = 10
+POOL, MORE = 5, 27
+"""Connections that stay open, and how many more there may be at a time; as many again for readers."""
+# a client that is gone, or stands still, does not keep its namespace locked for hours
+OPTIONS = (
+    f"-c lock_timeout={LOCK_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LOCK_TIMEOUT_S}s "
+    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
+)
+MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
+PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
+WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
+STILL_SEEN = re.compile(r"(\d+) are dead but not yet removable")
+log = logging.getLogger(__name__)
+_open: weakref.WeakSet[Postgres] = weakref.WeakSet()
+
+
+class Postgres:
+    """``Backend`` over a PostgreSQL database.
+
+    :param url: ``postgresql+psycopg://user:password@host:port/database``, which is made if it holds no tables yet.
+    :raises MissingExtraError: without the package psycopg.
+    :raises StoreError: if it cannot be connected to, or its tables cannot be made.
+    :raises SchemaError: if it was written by a newer version.
+    """
+
+    bank_folder: Path | None = None  # its files would stand on one machine, and its manifest be everybody's
+
+    def __init__(self, url: str) -> None:
+        try:
+            import psycopg  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError("PostgreSQL", "psycopg", "postgres") from error
+        self.place = without_password(url)
+        address = sa.make_url(url).set(drivername="postgresql+psycopg")
+        # two pools: writers that wait for a lock hold a connection each, and must not keep readers out
+        self._writer = _engine(address, "READ COMMITTED", read_only=False)
+        self._reader = _engine(address, "REPEATABLE READ", read_only=True)
+        self._opened = self._closed = False
+        self._snapshot = threading.local()
+        self._deleted_in: set[int] = set()
+        try:
+            self._check()
+            self._migrate()
+        except BaseException:
+            self.close()
+            raise
+        self._opened = True
+        _open.add(self)
+
+    # -- transactions ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        if self._closed:
+            raise StoreError(CLOSED.format(self.place))
+        try:
+            yield
+        except sa.exc.TimeoutError as error:  # of the pool
+            raise StoreError(
+                f"{self.place}: {POOL + MORE} calls at a time are all that it takes; make fewer"
+            ) from error
+        except sa.exc.DBAPIError as error:
+            raise self._error(error) from bare(error)
+
+    @contextmanager
+    def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
+        """One transaction; without a namespace no other one writes meanwhile."""
+        with self._translated(), self._writer.connect() as connection, connection.begin() as transaction:
+            number = _name(connection, namespace, "CAST(pg_current_xact_id() AS text)")
+            if namespace is None and self._opened:
+                connection.exec_driver_sql("LOCK TABLE namespaces IN EXCLUSIVE MODE")
+            yield connection
+            if not transaction.is_active:
+                return
+            try:
+                transaction.commit()
+            except sa.exc.DBAPIError as error:
+                if not (is_lost(error) and self._was_committed(number)):
+                    raise
+
+    @contextmanager
+    def read(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
+        """One snapshot; nothing can be written in it."""
+        held: tuple[sa.Connection, Namespace | None] | None = getattr(self._snapshot, "held", None)
+        if held is not None:
+            with self._held(held, namespace):
+                yield held[0]
+            return
+        with self._translated(), self._reader.connect() as connection:
+            _name(connection, namespace)
+            yield connection
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """One consistent view for all that this thread reads meanwhile; writers go on."""
+        with self.read() as connection:
+            before = getattr(self._snapshot, "held", None)
+            if before is None:  # whoever reads may take their time, and locks nobody out
+                connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            self._snapshot.held = connection, None
+            try:
+                yield
+            finally:
+                self._snapshot.held = before
+
+    @contextmanager
+    def _held(self, held: tuple[sa.Connection, Namespace | None], namespace: Namespace | None) -> Iterator[None]:
+        """A read within a snapshot, and one within it, each of its own namespace."""
+        connection, around = held
+        try:
+            with self._translated():
+                _name(connection, namespace)
+                self._snapshot.held = connection, namespace
+                try:
+                    yield
+                finally:
+                    self._snapshot.held = held
+                _name(connection, around)
+        except TryAgain as error:  # what was seen cannot be seen again
+            raise StoreError(str(error)) from error
+
+    def _was_committed(self, number: str) -> bool:
+        """What became of a transaction whose COMMIT was not answered.
+
+        :raises StoreError: if the server cannot be asked, so that nobody knows.
+        """
+        import tenacity
+
+        def ask() -> str | None:
+            with self._reader.connect() as connection:
+                query = sa.text("SELECT pg_xact_status(CAST(:number AS xid8))")
+                status: str | None = connection.execute(query, {"number": number}).scalar_one()
+                return status
+
+        asking = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(sa.exc.DBAPIError)
+            | tenacity.retry_if_result(lambda status: status == "in progress"),
+            stop=tenacity.stop_after_delay(PATIENCE_S),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1),
+        )
+        try:
+            status = asking(ask)
+        except tenacity.RetryError:
+            status = None
+        if status is None:
+            raise StoreError(
+                f"{self.place}: the connection was lost while something was being stored, and the server cannot be "
+                "asked whether it was; look for it when the server is back, before you store it again"
+            )
+        return status == "committed"
+
+    def _error(self, error: sa.exc.DBAPIError) -> Exception:
+        told = problem(error)
+        code = getattr(error.orig, "sqlstate", None)
+        if isinstance(told, Exception):
+            return told
+        if code in UNDONE or (self._opened and is_lost(error)):
+            return TryAgain(f"{self.place}: {told}; nothing was changed")
+        return StoreError(f"{self.place}: {told}; nothing was changed")
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        with self._translated(), self._reader.connect() as connection:
+            version, encoding = connection.exec_driver_sql(
+                "SELECT current_setting('server_version_num')::int / 10000, current_setting('server_encoding')"
+            ).one()
+        if version < OLDEST:
+            raise StoreError(f"{self.place}: PostgreSQL {version} is too old; use {OLDEST} or newer")
+        if encoding != "UTF8":
+            raise StoreError(
+                f"{self.place}: the database's encoding is {encoding}; make one that holds every script: "
+                "createdb --encoding=UTF8 --template=template0 NAME"
+            )
+
+    def _migrate(self) -> None:
+        with self._translated(), self._reader.connect() as connection:
+            if _revision_of(connection) == HEAD:
+                return
+        steps = Upgrade(self.place, HEAD)
+        with self.write() as connection:  # all steps are one transaction
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")  # of two that open it, one
+            found = _revision_of(connection)
+            if found == HEAD:
+                return
+            steps.run(connection, found)
+        if found:
+            log.warning("%s was upgraded from schema revision %s to %s", self.place, found, HEAD)
+
+    # -- forgetting ------------------------------------------------------------------------------------------------
+
+    def mark(self, connection: sa.Connection, numbers: Collection[int]) -> int:
+        """Note in which partitions something was deleted."""
+        self._deleted_in |= {part_of(connection, ns) for ns in numbers if ns >= 0}
+        return self.due(connection)
+
+    def due(self, connection: sa.Connection) -> int:
+        """The number of partitions that are to be cleaned, of what this process deleted."""
+        return len(self._deleted_in)
+
+    def scrub_what_is_due(self) -> None:
+        """Try again to clean what could not be cleaned."""
+        if self._deleted_in:
+            self.scrub(None, 0, index_purged=True, patience_s=LOCK_TIMEOUT_S)
+
+    def scrub(self, gone: Collection[bytes] | None, mark: int, *, index_purged: bool, patience_s: float) -> bool:
+        """VACUUM the tables in which something was deleted; whether nothing of it is left there.
+
+        Not so where somebody still looks at what was there before, or where the tables are another role's.
+        """
+        parts, self._deleted_in = self._deleted_in, set()
+        told: list[str] = []
+        try:
+            tables = self._tables(parts)
+            with self._writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
+
+                def listen(diagnostic: psycopg.errors.Diagnostic) -> None:
+                    told.append(f"{diagnostic.severity_nonlocalized}: {diagnostic.message_primary}")
+
+                driver.add_notice_handler(listen)
+                try:
+                    connection.exec_driver_sql(f"SET lock_timeout = {max(1, int(patience_s * 1000))}")
+                    connection.exec_driver_sql(f"VACUUM (VERBOSE) {', '.join(tables)}")
+                    connection.exec_driver_sql("RESET lock_timeout")
+                except BaseException:
+                    connection.invalidate()  # its setting with it
+                    raise
+                finally:
+                    driver.remove_notice_handler(listen)
+        except sa.exc.DBAPIError:
+            self._deleted_in |= parts
+            return False
+        seen = [int(number) for line in told for number in STILL_SEEN.findall(line)]
+        clean = len(seen) >= len(tables) and not any(seen) and not any(line.startswith("WARNING") for line in told)
+        if not clean:
+            self._deleted_in |= parts
+        return clean
+
+    def _tables(self, parts: Iterable[int]) -> list[str]:
+        """Those that hold anything of segments or items, of the partitions these; pgvector's tables too."""
+        query = sa.text("SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ '^near_[0-9a-f]{12}_p[0-9]+$'")
+        with self._reader.connect() as connection:
+            near = connection.execute(query).scalars().all()
+        ends = tuple(f"_p{part}" for part in parts)
+        own = [f"{table}{end}" for table in PARTITIONED for end in ends]
+        return [*WHOLE, *own, *(table for table in near if table.endswith(ends))]
+
+    def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
+        """None: the server's files are its administrator's, and are not looked at."""
+        log.warning("%s: the files of a database server are not looked at", self.place)
+        return {}
+
+    # -- care ------------------------------------------------------------------------------------------------------
+
+    def size_bytes(self) -> int:
+        """Bytes of the whole database on the server's disk."""
+        with self.read() as connection:
+            return int(connection.exec_driver_sql("SELECT pg_database_size(current_database())").scalar_one())
+
+    def damage(self, *, deep: bool) -> list[str]:
+        """Indexes that are not valid, and pages whose checksum was found wrong."""
+        with self.read() as connection:
+            broken = connection.exec_driver_sql(
+                "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+                "WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
+                "AND NOT (i.indisvalid AND i.indisready)"
+            ).scalars()
+            found = [f"the index {name} is not valid; REINDEX it" for name in broken]
+            failed = connection.exec_driver_sql(
+                "SELECT checksum_failures FROM pg_stat_database WHERE datname = current_database()"
+            ).scalar_one()
+        return [*found, *([f"{failed} pages have a wrong checksum"] if failed else [])]
+
+    def lexical_damage(self) -> list[str]:
+        """Entries that the inverted index does not match."""
+        with self.read() as connection:
+            numbers = connection.exec_driver_sql("SELECT id FROM namespaces ORDER BY id").scalars().all()
+            wrong = [str(pk) for ns in numbers for pk in postings.faults(connection, ns)]
+        return [f"the terms of rows {', '.join(wrong[:20])} are not those of their entries"] if wrong else []
+
+    def broken_keys(self, connection: sa.Connection) -> list[str]:
+        """None: PostgreSQL keeps its keys."""
+        return []
+
+    def settings(self, connection: sa.Connection) -> list[str]:
+        """What puts data at risk on this server, and tables that row-level security does not guard."""
+        found = [
+            f"{name} is off"
+            for name in ("fsync", "full_page_writes", "synchronous_commit")
+            if connection.exec_driver_sql(f"SHOW {name}").scalar_one() == "off"
+        ]
+        open_ones = connection.exec_driver_sql(
+            "SELECT c.relname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid "
+            "WHERE a.attname = 'namespace_id' AND c.relkind IN ('r', 'p') AND c.relnamespace = "
+            "(SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
+            "AND NOT (c.relrowsecurity AND c.relforcerowsecurity) ORDER BY 1"
+        ).scalars()
+        return [*found, *(f"row-level security is off on {name}" for name in open_ones)]
+
+    def file_faults(self) -> tuple[list[str], list[str]]:
+        """None: the files are the server's."""
+        return [], []
+
+    def close(self) -> None:
+        """Close every connection; whatever is asked of it from now on raises ``StoreError``."""
+        self._closed = True
+        _open.discard(self)
+        self._disconnect()
+
+    def _disconnect(self, *, close: bool = True) -> None:
+        self._writer.dispose(close=close)
+        self._reader.dispose(close=close)
+
+
+def _in_child() -> None:
+    """A connection is its parent's: two processes that talk over it would hear each other's answers."""
+    for database in list(_open):
+        database._snapshot = threading.local()
+        database._disconnect(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
+    from psycopg import Cursor
+    from psycopg.pq import Format
+
+    class BinaryCursor(Cursor[Any]):
+        """Asks for results in binary: vectors would come as hexadecimal digits."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.format = Format.BINARY
+
+    engine = sa.create_engine(
+        address,
+        isolation_level=isolation,
+        pool_size=POOL,
+        max_overflow=MORE,
+        pool_timeout=LOCK_TIMEOUT_S,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={
+            "cursor_factory": BinaryCursor,
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": "memory_os",
+            **({} if "options" in address.query else {"options": OPTIONS}),
+        },
+    )
+    if read_only:
+
+        @sa.event.listens_for(engine, "connect")
+        def keep_from_writing(connection: psycopg.Connection[Any], _: object) -> None:
+            connection.read_only = True
+
+    return engine
+
+
+def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "NULL") -> str:
+    """Tell the server, for this transaction, whose rows it is about; gives back what else was asked."""
+    told = "*" if namespace is None else as_labels(namespace)
+    query = sa.text(f"SELECT set_config('{SETTING}', :told, true), {also}")
+    return str(connection.execute(query, {"told": told}).one()[1])
+
+
+def _revision_of(connection: sa.Connection) -> str | None:
+    if connection.exec_driver_sql("SELECT to_regclass('alembic_version')::text").scalar_one() is None:
+        return None
+    found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar_one_or_none()
+    return found
