@@ -238,8 +238,27 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.OperationalError as error:
-        if "readonly" not in str(error):
+        if _is_locked(error):
+            _turn_to_log(connection)
+        elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
+
+
+def _turn_to_log(connection: sqlite3.Connection) -> None:
+    """Where several open a file of another journal at once, SQLite does not wait by itself."""
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
+
+    patiently = Retrying(
+        retry=retry_if_exception(_is_locked),
+        stop=stop_after_delay(BUSY_TIMEOUT_S),
+        wait=wait_random(0.01, 0.1),
+        reraise=True,
+    )
+    patiently(connection.execute, "PRAGMA journal_mode = WAL")
+
+
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
 def _on_begin(connection: sa.Connection) -> None:

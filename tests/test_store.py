@@ -21,6 +21,7 @@ from memory_os.lexical import query_terms, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import sqlite as sqlite_module
 from memory_os.stores.schema import metadata
+from memory_os.stores.database import _on_connect
 from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment
 
@@ -76,7 +77,8 @@ def test_a_key_is_stored_once_per_namespace(store):
 
 def test_threads_and_processes_share_one_sequence(store, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from memory_os.stores.sqlite import SqliteStore\n"
+        "import sys; from pathlib import Path; from memory_os.stores.database import _on_connect
+from memory_os.stores.sqlite import SqliteStore\n"
         "from memory_os.types import NewSegment\n"
         "s = SqliteStore(Path(sys.argv[1]), count_tokens=len)\n"
         "for i in range(40): s.append(('acme', 'alice'), [NewSegment(f'p {i}', 's')])"
@@ -301,6 +303,19 @@ def test_a_read_only_folder_is_one_clear_error(store, exists):
     assert sorted(file.name for file in folder.iterdir()) == before
     folder.chmod(0o755)
     shutil.rmtree(folder)
+
+
+def test_of_several_that_turn_to_the_log_at_once_none_fails():
+    """SQLite refuses at once where two would wait for each other."""
+    answers = iter(["database is locked"] * 4)
+
+    class Connection:
+        def execute(self, sql: str) -> None:
+            if sql.endswith("WAL") and (problem := next(answers, None)):
+                raise sqlite3.OperationalError(problem)
+
+    _on_connect(Connection(), None)
+    assert next(answers, None) is None
 
 
 def test_durability_settings_hold_on_every_connection(store):
