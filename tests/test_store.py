@@ -77,8 +77,7 @@ def test_a_key_is_stored_once_per_namespace(store):
 
 def test_threads_and_processes_share_one_sequence(store, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from memory_os.stores.database import _on_connect
-from memory_os.stores.sqlite import SqliteStore\n"
+        "import sys; from pathlib import Path; from memory_os.stores.sqlite import SqliteStore\n"
         "from memory_os.types import NewSegment\n"
         "s = SqliteStore(Path(sys.argv[1]), count_tokens=len)\n"
         "for i in range(40): s.append(('acme', 'alice'), [NewSegment(f'p {i}', 's')])"
