@@ -20,8 +20,8 @@ from memory_os.errors import SchemaError, StoreError
 from memory_os.lexical import query_terms, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import sqlite as sqlite_module
-from memory_os.stores.schema import metadata
 from memory_os.stores.database import _on_connect
+from memory_os.stores.schema import metadata
 from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment
 
