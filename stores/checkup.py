@@ -75,12 +75,15 @@ def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
 
     :raises StoreError: if the store cannot be written, which this check needs.
     """
+    readable = _reads_lexical(database)
     with database.read() as connection:
-        faults = _linked(connection, fingerprint)
+        faults = _linked(connection, fingerprint, lexical=readable)
         faults["records"] = list(connection.exec_driver_sql(RECORDS).scalars())
         faults["unfinished"] = ["the files are still to be scrubbed"] if scrub.due(connection) else []
         lines = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
         faults["damage"] = [] if lines == ["ok"] else [str(line) for line in lines]
+    if not readable:
+        return faults | {"lexical_index": ["the lexical index cannot be read"]}
     try:
         with database.write() as connection:
             connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('integrity-check')")
@@ -92,17 +95,33 @@ def find_faults(database: Database, fingerprint: str) -> dict[str, list[str]]:
     return faults
 
 
-def _linked(connection: sa.Connection, fingerprint: str) -> dict[str, list[str]]:
-    return {
+def _linked(connection: sa.Connection, fingerprint: str, *, lexical: bool = True) -> dict[str, list[str]]:
+    """The kinds of ``FAULTS``; without those of the lexical index, which are then empty."""
+    asked = {kind: query for kind, query in FAULTS.items() if lexical or "lexical" not in kind}
+    found = {
         kind: [str(value) for value in connection.execute(sa.text(query), {"f": fingerprint}).scalars()]
-        for kind, query in FAULTS.items()
+        for kind, query in asked.items()
     }
+    return {kind: found.get(kind, []) for kind in FAULTS}
+
+
+def _reads_lexical(database: Database) -> bool:
+    """Whether FTS5 takes its index for one."""
+    try:
+        with database.read() as connection:
+            connection.exec_driver_sql("SELECT rowid FROM lexical LIMIT 1").first()
+    except StoreError as error:
+        if "constructor failed" not in str(error):
+            raise
+        return False
+    return True
 
 
 def mend(database: Database, found: Mapping[str, Sequence[str]], fingerprint: str) -> None:
     """Mend what can be mended from the segments; vectors to be made are left pending."""
-    if found["unfinished"]:
-        database.scrub_what_is_due()
+    if found["lexical_index"] and not _reads_lexical(database):
+        with database.write() as connection:
+            fulltext.clear(connection)
     with database.write() as connection:
         faults = {**found, **_linked(connection, fingerprint)}  # as it is under the lock: others may be mending too
         for pk in faults["orphan_item_texts"]:
@@ -169,7 +188,9 @@ def find_deep_faults(
     read_trace: Callable[[dict[str, Any]], Trace],
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
-    """What ``find_faults`` does not look at, by kind, each with the rows concerned; none where records cannot be read.
+    """What ``find_faults`` does not look at, by kind, each with the rows concerned.
+
+    Nothing where records, or the index of words, cannot be read.
 
     The kinds of ``DEEP``, ``integrity``, ``foreign_keys``, ``wrong_lexical`` (entries that are not what their segments
     give), ``counters``, ``traces`` (that cannot be read, or name another namespace), ``settings`` of the connection,
@@ -178,6 +199,8 @@ def find_deep_faults(
     :param read_trace: raises for what is none.
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
+    if not _reads_lexical(database):
+        return {}
     with database.read() as connection:
         if connection.exec_driver_sql(RECORDS).first():
             return {}

@@ -185,12 +185,11 @@ class Database:
         self._unclean = not (clean and index_purged)
         return not self._unclean
 
-    def scrub_what_is_due(self, *, patience_s: float = 5) -> None:
-        """Do what an earlier deletion could not."""
+    def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
+        """Do what earlier deletions could not; whether nothing is left to be done."""
         with self.read() as connection:
             mark = scrub.due(connection)
-        if mark:
-            self.scrub(None, mark, patience_s=patience_s)
+        return not mark or self.scrub(None, mark, index_purged, patience_s=patience_s)
 
     def close(self) -> None:
         """Close every connection; whatever is asked of it from now on raises ``StoreError``."""

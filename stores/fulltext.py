@@ -14,7 +14,7 @@ from memory_os.lexical import bm25, idf, query_terms, terms_of
 from memory_os.stores.rows import parts
 from memory_os.stores.schema import namespaces, segments
 
-__all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
+__all__ = ["add", "clear", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
 
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
@@ -132,6 +132,14 @@ def _heaviest(postings: Sequence[Sequence[int]], weights: Sequence[float], n: in
     totals = np.bincount(where, weights=each, minlength=len(distinct))
     best: list[int] = distinct[np.lexsort((distinct, -totals))[:n]].tolist()
     return best
+
+
+def clear(connection: sa.Connection) -> None:
+    """Empty the index by the tables that it consists of, as FTS5 does nothing for one that it takes for damaged."""
+    for part in ("data", "idx", "content", "docsize"):
+        connection.exec_driver_sql(f"DELETE FROM lexical_{part}")
+    # its averages and its structure, as of an index without entries
+    connection.exec_driver_sql("INSERT INTO lexical_data(id, block) VALUES (1, x''), (10, x'00000000000000')")
 
 
 def rewrite(connection: sa.Connection) -> None:
