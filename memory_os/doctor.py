@@ -142,12 +142,14 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep:
     found = parts.store.repair(parts.embedder.fingerprint)
     if found["records"]:
         return found
+    found["index"] = len(_index_strays(parts))
+    if found["unfinished"]:
+        parts.store.scrub(None, index_purged=parts.index.purge(None))
     if deep:
         faults = check_deep(parts)
         parts.store.repair_deep(faults)
         found |= {kind: len(rows) for kind, rows in faults.items()}
         parts.store.repair(parts.embedder.fingerprint)  # what stood under another namespace is missing from its own now
-    found["index"] = len(_index_strays(parts))
     found["bank"] = parts.bank.repair() if parts.bank else 0
     kinds = ("index", "missing_vectors", "orphan_vectors", "pending_vectors", "wrong_vectors")
     moved = any(found.get(kind) for kind in kinds)

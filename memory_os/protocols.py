@@ -522,11 +522,12 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
         :param bury: leave tombstones; otherwise what is stored again, comes back.
         """
 
-    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float) -> bool:
+    def scrub(self, deleted: Deleted | None, *, index_purged: bool, patience_s: float = 5) -> bool:
         """Leave nothing in the store's files of what was deleted; whether that is so now.
 
         If not (another process reads what was before), it is done at ``close`` or at the next open.
 
+        :param deleted: ``None`` for what earlier deletions left to be done.
         :param index_purged: what ``VectorIndex.purge`` said.
         :param patience_s: so long, at most, other processes that read are waited for.
         """

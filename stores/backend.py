@@ -66,8 +66,8 @@ class Backend(Protocol):
         :param patience_s: so long, at most, others are waited for.
         """
 
-    def scrub_what_is_due(self) -> None:
-        """Do what an earlier deletion could not."""
+    def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
+        """Do what earlier deletions could not; whether nothing is left to be done."""
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files in which any of these texts stands; see ``RecordStore.files_with``."""
@@ -80,6 +80,9 @@ class Backend(Protocol):
 
         :param deep: also what takes as long as reading everything.
         """
+
+    def reads_lexical(self) -> bool:
+        """Whether the lexical index can be read at all."""
 
     def lexical_damage(self) -> list[str]:
         """Whether the entries of the lexical index and what finds them differ.

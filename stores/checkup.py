@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from memory_os.lexical import terms_of
-from memory_os.stores import fulltext
+from memory_os.stores import fts5, fulltext
 from memory_os.stores.backend import Backend
 from memory_os.stores.rows import insert, own, parts
 from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending, segments, traces, vectors
@@ -108,13 +108,20 @@ def find_faults(database: Backend, fingerprint: str) -> dict[str, list[str]]:
 
     :raises StoreError: if the store cannot be written, which this check needs.
     """
+    readable = database.reads_lexical()
     with database.read() as connection:
-        faults = _found(connection, FAULTS, {"f": fingerprint})
+        faults = _linked(connection, fingerprint, lexical=readable)
         faults["records"] = list(connection.exec_driver_sql(RECORDS[connection.dialect.name]).scalars())
         faults["unfinished"] = ["the files are still to be scrubbed"] if database.due(connection) else []
     faults["damage"] = database.damage(deep=False)
-    faults["lexical_index"] = database.lexical_damage()
+    faults["lexical_index"] = database.lexical_damage() if readable else ["the lexical index cannot be read"]
     return faults
+
+
+def _linked(connection: sa.Connection, fingerprint: str, *, lexical: bool = True) -> dict[str, list[str]]:
+    """The kinds of ``FAULTS``; without those of the lexical index, which are then empty."""
+    asked = {kind: query for kind, query in FAULTS.items() if lexical or "lexical" not in kind}
+    return {kind: list[str]() for kind in FAULTS} | _found(connection, asked, {"f": fingerprint})
 
 
 def _found(connection: sa.Connection, queries: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -128,11 +135,12 @@ def _found(connection: sa.Connection, queries: Mapping[str, str], told: Mapping[
 
 def mend(database: Backend, found: Mapping[str, Sequence[str]], fingerprint: str) -> None:
     """Mend what can be mended from the segments; vectors to be made are left pending."""
-    if found["unfinished"]:
-        database.scrub_what_is_due()
+    if found["lexical_index"] and not database.reads_lexical():
+        with database.write() as connection:
+            fts5.wipe(connection)
     with database.write() as connection:
         # as it is under the lock: others may be mending too
-        faults = {**found, **_found(connection, FAULTS, {"f": fingerprint})}
+        faults = {**found, **_linked(connection, fingerprint)}
         for pk in faults["orphan_item_texts"]:
             connection.execute(item_texts.delete().where(item_texts.c.pk == int(pk)))
         for pk in faults["orphan_vectors"]:
@@ -194,7 +202,9 @@ def find_deep_faults(
     read_trace: Callable[[dict[str, Any]], Trace],
     progress: Progress | None = None,
 ) -> dict[str, list[str]]:
-    """What ``find_faults`` does not look at, by kind, each with the rows concerned; none where records cannot be read.
+    """What ``find_faults`` does not look at, by kind, each with the rows concerned.
+
+    Nothing where records, or the index of words, cannot be read.
 
     The kinds of ``DEEP``, ``integrity``, ``foreign_keys``, ``wrong_lexical`` (entries that are not what their segments
     give), ``counters``, ``traces`` (that cannot be read, or name another namespace), ``settings`` of the connection,
@@ -203,6 +213,8 @@ def find_deep_faults(
     :param read_trace: raises for what is none.
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
+    if not database.reads_lexical():
+        return {}
     with database.read() as connection:
         if connection.exec_driver_sql(RECORDS[connection.dialect.name]).first():
             return {}

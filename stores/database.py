@@ -173,6 +173,17 @@ class Database:
             lines = connection.exec_driver_sql(check).scalars().all()
         return [] if lines == ["ok"] else [str(line) for line in lines]
 
+    def reads_lexical(self) -> bool:
+        """Whether FTS5 takes its index for one."""
+        try:
+            with self.read() as connection:
+                connection.exec_driver_sql("SELECT rowid FROM lexical LIMIT 1").first()
+        except StoreError as error:
+            if "constructor failed" not in str(error):
+                raise
+            return False
+        return True
+
     def lexical_damage(self) -> list[str]:
         """What FTS5 finds wrong with its index."""
         try:
@@ -236,12 +247,11 @@ class Database:
         self._unclean = not (clean and index_purged)
         return not self._unclean
 
-    def scrub_what_is_due(self, *, patience_s: float = 5) -> None:
-        """Do what an earlier deletion could not."""
+    def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
+        """Do what earlier deletions could not; whether nothing is left to be done."""
         with self.read() as connection:
             mark = scrub.due(connection)
-        if mark:
-            self.scrub(None, mark, patience_s=patience_s)
+        return not mark or self.scrub(None, mark, index_purged, patience_s=patience_s)
 
     def close(self) -> None:
         """Close every connection; whatever is asked of it from now on raises ``StoreError``."""
@@ -289,8 +299,27 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.OperationalError as error:
-        if "readonly" not in str(error):
+        if _is_locked(error):
+            _turn_to_log(connection)
+        elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
+
+
+def _turn_to_log(connection: sqlite3.Connection) -> None:
+    """Where several open a file of another journal at once, SQLite does not wait by itself."""
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
+
+    patiently = Retrying(
+        retry=retry_if_exception(_is_locked),
+        stop=stop_after_delay(BUSY_TIMEOUT_S),
+        wait=wait_random(0.01, 0.1),
+        reraise=True,
+    )
+    patiently(connection.execute, "PRAGMA journal_mode = WAL")
+
+
+def _is_locked(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
 def _on_begin(connection: sa.Connection) -> None:

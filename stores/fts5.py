@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from memory_os.stores.rows import parts
 
-__all__ = ["add", "check", "clear", "compact", "newest", "read", "remove"]
+__all__ = ["add", "check", "clear", "compact", "newest", "read", "remove", "wipe"]
 
 MAX_LEVEL_BYTES = 2000
 """A level takes two bytes."""
@@ -71,6 +71,14 @@ def clear(connection: sa.Connection) -> None:
     """Remove every entry, also from an index that does not match them."""
     connection.exec_driver_sql("INSERT INTO lexical(lexical) VALUES ('rebuild')")  # so that the deletion finds its way
     connection.exec_driver_sql("DELETE FROM lexical")
+
+
+def wipe(connection: sa.Connection) -> None:
+    """Empty the index by the tables that it consists of, as FTS5 does nothing for one that it takes for damaged."""
+    for part in ("data", "idx", "content", "docsize"):
+        connection.exec_driver_sql(f"DELETE FROM lexical_{part}")
+    # its averages and its structure, as of an index without entries
+    connection.exec_driver_sql("INSERT INTO lexical_data(id, block) VALUES (1, x''), (10, x'00000000000000')")
 
 
 def check(connection: sa.Connection) -> None:

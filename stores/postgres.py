@@ -237,10 +237,9 @@ class Postgres:
         """The number of partitions that are to be cleaned, of what this process deleted."""
         return len(self._deleted_in)
 
-    def scrub_what_is_due(self) -> None:
-        """Try again to clean what could not be cleaned."""
-        if self._deleted_in:
-            self.scrub(None, 0, index_purged=True, patience_s=LOCK_TIMEOUT_S)
+    def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
+        """Try again to clean what could not be cleaned; whether nothing is left of it."""
+        return not self._deleted_in or self.scrub(None, 0, index_purged=index_purged, patience_s=patience_s)
 
     def scrub(self, gone: Collection[bytes] | None, mark: int, *, index_purged: bool, patience_s: float) -> bool:
         """VACUUM the tables in which something was deleted; whether nothing of it is left there.
@@ -310,6 +309,10 @@ class Postgres:
                 "SELECT checksum_failures FROM pg_stat_database WHERE datname = current_database()"
             ).scalar_one()
         return [*found, *([f"{failed} pages have a wrong checksum"] if failed else [])]
+
+    def reads_lexical(self) -> bool:
+        """Yes: an index that is not valid is named by ``damage``."""
+        return True
 
     def lexical_damage(self) -> list[str]:
         """Entries that the inverted index does not match."""

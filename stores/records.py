@@ -354,8 +354,10 @@ class Records:
             alone = not self.database.due(connection)
             return Deleted(dict(counts), gone if alone else None, self.database.mark(connection, numbers), alone)
 
-    def scrub(self, deleted: Deleted, *, index_purged: bool, patience_s: float = PATIENCE_S) -> bool:
-        """Leave nothing in the store's files of what was deleted; whether that is so now."""
+    def scrub(self, deleted: Deleted | None, *, index_purged: bool, patience_s: float = PATIENCE_S) -> bool:
+        """Leave nothing in the store's files of what was deleted, now or before; whether that is so now."""
+        if deleted is None:
+            return self.database.scrub_what_is_due(index_purged, patience_s=patience_s)
         return self.database.scrub(deleted.gone, deleted.mark, index_purged=index_purged, patience_s=patience_s)
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -54,6 +55,21 @@ def test_each_fault_is_found_and_mended(memory, kind):
     assert memory.repair()[kind] == 1
     assert not any(memory.check().values())
     assert [(h.segment.id, h.score) for h in scope.search("kite 3", k=6)] == before
+
+
+def test_an_index_of_words_that_cannot_be_read_is_made_anew(memory):
+    path = memory.parts.store.database.path
+    memory.close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("UPDATE lexical_data SET block = x'0000000100FFFFFF7F' WHERE id = 10")
+        raw.commit()
+    with Memory.open(path, embedder="hash") as memory:
+        assert memory.check()["lexical_index"] == memory.check(deep=True)["lexical_index"] != []
+        memory.repair(deep=True)
+        assert not any(memory.check(deep=True).values())
+        assert memory.parts.store.search(("a",), "kite 3", 1)
+        memory.namespace("a").forget(everything=True)
+        assert not any(memory.check(deep=True).values())
 
 
 def test_a_stray_in_the_index_is_found_and_mended(tmp_path):

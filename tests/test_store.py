@@ -21,7 +21,7 @@ from memory_os.errors import SchemaError, StoreError
 from memory_os.lexical import query_terms, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import records as records_module
-from memory_os.stores.database import Database
+from memory_os.stores.database import Database, _on_connect
 from memory_os.stores.records import Records
 from memory_os.stores.schema import metadata
 from memory_os.types import NewSegment
@@ -311,6 +311,19 @@ def test_a_read_only_folder_is_one_clear_error(in_a_file, exists):
     assert sorted(file.name for file in folder.iterdir()) == before
     folder.chmod(0o755)
     shutil.rmtree(folder)
+
+
+def test_of_several_that_turn_to_the_log_at_once_none_fails():
+    """SQLite refuses at once where two would wait for each other."""
+    answers = iter(["database is locked"] * 4)
+
+    class Connection:
+        def execute(self, sql: str) -> None:
+            if sql.endswith("WAL") and (problem := next(answers, None)):
+                raise sqlite3.OperationalError(problem)
+
+    _on_connect(Connection(), None)
+    assert next(answers, None) is None
 
 
 def test_durability_settings_hold_on_every_connection(in_a_file):
