@@ -51,6 +51,7 @@ WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
 STILL_SEEN = re.compile(r"(\d+) are dead but not yet removable")
 log = logging.getLogger(__name__)
 _open: weakref.WeakSet[Postgres] = weakref.WeakSet()
+_inherited: list[sa.Pool] = []
 
 
 class Postgres:
@@ -348,18 +349,17 @@ class Postgres:
         """Close every connection; whatever is asked of it from now on raises ``StoreError``."""
         self._closed = True
         _open.discard(self)
-        self._disconnect()
-
-    def _disconnect(self, *, close: bool = True) -> None:
-        self._writer.dispose(close=close)
-        self._reader.dispose(close=close)
+        self._writer.dispose()
+        self._reader.dispose()
 
 
 def _in_child() -> None:
     """A connection is its parent's: two processes that talk over it would hear each other's answers."""
     for database in list(_open):
         database._snapshot = threading.local()
-        database._disconnect(close=False)
+        for engine in (database._writer, database._reader):
+            _inherited.append(engine.pool)  # never collected: that would say goodbye to the server
+            engine.dispose(close=False)
 
 
 if hasattr(os, "register_at_fork"):

@@ -39,14 +39,13 @@ def forked(child) -> str:
 
 @pytest.mark.parametrize("last", ["parent", "child", "nobody"])
 @pytest.mark.parametrize("anew", [False, True])
-def test_what_a_forked_child_stores_is_there_whoever_closes_last(tmp_path, last, anew):
-    path = tmp_path / "memory.db"
-    memory = Memory.open(path, embedder="hash")
+def test_what_a_forked_child_stores_is_there_whoever_closes_last(place, last, anew):
+    memory = Memory.open(place, embedder="hash")
     memory.namespace("a").add("before")
     begun, go_on = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
-        own = Memory.open(path, embedder="hash") if anew else memory
+        own = Memory.open(place, embedder="hash") if anew else memory
         own.namespace("a").add("of the child, first")
         os.write(begun[1], b"x")
         os.read(go_on[0], 1)
@@ -64,9 +63,10 @@ def test_what_a_forked_child_stores_is_there_whoever_closes_last(tmp_path, last,
     memory.close()
     for end in (*begun, *go_on):
         os.close(end)
-    with Memory.open(path, embedder="hash") as memory:
+    with Memory.open(place, embedder="hash") as memory:
         assert len(memory.namespace("a").history(100)) == 8
-        assert not any(memory.check(deep=True).values())
+        found = {kind: rows for kind, rows in memory.check(deep=True).items() if rows}
+        assert found in ({}, {"settings": ["fsync is off"]})  # the tests' server
 
 
 def test_a_fork_while_a_thread_is_at_work_is_one_clear_error_in_the_child(tmp_path):
@@ -78,6 +78,32 @@ def test_a_fork_while_a_thread_is_at_work_is_one_clear_error_in_the_child(tmp_pa
             assert "in another thread when this process was forked" in anew
             assert forked(memory.close) == "None"
         assert memory.namespace("a").add("the parent goes on").seq == 2
+
+
+def test_a_child_leaves_the_connections_to_a_server_to_its_parent(postgres_server):
+    """In the midst of a snapshot, and while a thread is at work: what they wait for would be read by the other."""
+    with Memory.open(postgres_server.url(postgres_server.new()), embedder="hash") as memory:
+        scope = memory.namespace("a")
+        scope.add("before")
+        begun, go_on = threading.Event(), threading.Event()
+
+        def work() -> None:
+            with memory.parts.store.database.write(("b",)):
+                begun.set()
+                go_on.wait()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait()
+        with memory.parts.store.snapshot():
+            for n in range(3):
+                assert forked(lambda n=n: scope.add(f"of child {n}").seq) == str(n + 2)
+                assert forked(memory.close) == "None"
+                assert len(scope.history()) == 1
+        go_on.set()
+        thread.join()
+        assert scope.add("of the parent").seq == 5
+        assert len(scope.history()) == 5
 
 
 OPEN_CHROMA = """
@@ -139,22 +165,25 @@ VERBS = {
 
 
 @pytest.mark.parametrize("vectors", ["exact", "chroma"])
-def test_a_closed_memory_says_so_and_writes_nothing(tmp_path, vectors):
-    path = tmp_path / "memory.db"
-    memory = Memory.open(path, embedder="hash", vectors=vectors, llm=ScriptedLLM(lambda messages: "Noted."))
+def test_a_closed_memory_says_so_and_writes_nothing(place, tmp_path, vectors):
+    if vectors == "chroma":
+        place = tmp_path / "memory.db"
+    memory = Memory.open(place, embedder="hash", vectors=vectors, llm=ScriptedLLM(lambda messages: "Noted."))
     scope = memory.namespace("a")
     scope.add("one")
     scope.search("one")
     memory.close()
     memory.close()  # does no harm
-    for verb in VERBS.values():
+    for name, verb in VERBS.items():
+        if name == "drop_bank" and memory.parts.bank is None:
+            continue  # a server has no place for one
         with pytest.raises(StoreError, match="was closed; open the memory again"):
             verb(scope)
     for verb in (memory.namespaces, memory.check, memory.repair, memory.pending):
         with pytest.raises(StoreError, match="was closed; open the memory again"):
             verb()
-    assert not [file.name for file in tmp_path.iterdir() if file.name.endswith("-wal")]
-    with Memory.open(path, embedder="hash", vectors=vectors) as memory:
+    assert isinstance(place, str) or not [file.name for file in place.parent.iterdir() if file.name.endswith("-wal")]
+    with Memory.open(place, embedder="hash", vectors=vectors) as memory:
         assert len(memory.namespace("a").history()) == 1
 
 
@@ -177,10 +206,9 @@ class Slow:
                 thread.join()
 
 
-def test_an_export_is_of_one_moment(tmp_path):
-    path = tmp_path / "memory.db"
+def test_an_export_is_of_one_moment(place, tmp_path):
     llm = ScriptedLLM(lambda messages: "Noted.")
-    with Memory.open(path, embedder="hash", llm=llm) as memory:
+    with Memory.open(place, embedder="hash", llm=llm) as memory:
         scope = memory.namespace("a")
 
         def price(n: int) -> None:
@@ -203,8 +231,7 @@ def test_an_export_is_of_one_moment(tmp_path):
         ]
         assert [r["item"]["value"] for r in records if "item" in r] == [{"n": 10}]
         assert not [r for r in records if "trace" in r]
-    (tmp_path / "b").mkdir()
-    with Memory.open(tmp_path / "b" / "memory.db", embedder="hash") as memory:
+    with Memory.open(tmp_path / "b.db", embedder="hash") as memory:
         assert tuple(memory.namespace("a").import_(file.lines)) == (1502, 0)
 
 

@@ -531,6 +531,60 @@ def test_a_newer_schema_is_refused_and_left_alone(url, store):
     assert texts(store, ALICE) == ["kite"]
 
 
+@pytest.mark.parametrize("found", ["0007", "0005"])
+def test_a_process_whose_package_was_upgraded_on_the_disk_keeps_off_what_is_newer(postgres_server, monkeypatch, found):
+    """Its own HEAD is an older one, and the steps beyond it lie in the same folder."""
+    url = postgres_server.url(postgres_server.new("template0"))
+    monkeypatch.setattr(postgres_module, "HEAD", found)
+    Postgres(url).close()
+    assert postgres_server.admin("SELECT version_num FROM alembic_version", database=name_of(url)) == [(found,)]
+    monkeypatch.setattr(postgres_module, "HEAD", "0004")
+    with pytest.raises(SchemaError, match="upgrade memory-os"):
+        Postgres(url)
+
+
+# -- one moment --------------------------------------------------------------------------------------------------------
+
+
+def test_within_a_snapshot_each_read_is_of_its_own_namespace_and_of_that_moment(store):
+    for labels in (ALICE, BOB):
+        add(store, labels, f"kite of {labels[-1]}")
+    with store.snapshot():
+        thread = threading.Thread(target=add, args=(store, ALICE, "later"))
+        thread.start()
+        thread.join()
+        with store.database.read(BOB) as connection:
+            assert texts(store, ALICE) == ["kite of alice"]
+            # the outer one is of its own again
+            seen = connection.exec_driver_sql("SELECT text FROM segments").scalars().all()
+            assert seen == ["kite of bob"]
+        with store.snapshot():
+            assert texts(store, ALICE) == ["kite of alice"]
+        assert texts(store, BOB) == ["kite of bob"]
+        add(store, BOB, "written within")
+        assert texts(store, BOB) == ["kite of bob"]
+    assert (texts(store, ALICE), texts(store, BOB)) == (["kite of alice", "later"], ["kite of bob", "written within"])
+
+
+def test_a_snapshot_outlives_the_patience_with_idle_clients_and_no_lost_connection(postgres_server, url):
+    idle = Records(Postgres(f"{url}?options=-c%20idle_in_transaction_session_timeout%3D200ms"), count_tokens=len)
+    add(idle, ALICE, "kite")
+    with idle.snapshot():
+        assert texts(idle, ALICE) == ["kite"]
+        time.sleep(0.6)
+        assert texts(idle, ALICE) == ["kite"]
+        postgres_server.admin(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name_of(url)}'"
+        )
+        begun = time.monotonic()
+        with pytest.raises(StoreError) as caught:  # at once: what was seen cannot be seen again
+            texts(idle, ALICE)
+        assert not isinstance(caught.value, backend.TryAgain)
+        assert time.monotonic() - begun < backend.PATIENCE_S
+    assert texts(idle, ALICE) == ["kite"]
+    idle.close()
+
+
 # -- forgetting --------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +610,10 @@ def test_what_is_forgotten_is_vacuumed_or_said_to_be_unfinished(url):
                 for table in ("segments", "vectors", "lexical", "postings", "near"):
                     n = connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()
                     assert n == (1 if table == "near" else 0), table
+        assert memory.check()["unfinished"]
+        memory.repair()
+        assert not any(memory.check().values())
+        assert size(memory) == 0
         scope.add("one more")
         assert scope.forget(everything=True)["unfinished"] == 0
         assert size(memory) == 0  # VACUUM gives back what is empty at the end of a table
@@ -598,6 +656,34 @@ def test_the_doctor_finds_and_mends_what_sql_can_break(url):
         with memory.parts.store.database.write() as connection:
             connection.exec_driver_sql("ALTER TABLE segments_p3 DISABLE ROW LEVEL SECURITY")
         assert "row-level security is off on segments_p3" in memory.check(deep=True)["settings"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "broken", "is_mended"),
+    [
+        ("records", "created_at is no time", "UPDATE segments SET created_at = 'soon'", False),
+        ("records", "unknown role", "UPDATE segments SET role = 'wizard'", False),
+        ("records", "unknown kind", "UPDATE segments SET kind = 'song'", False),
+        ("records", "labels are no JSON list", "UPDATE namespaces SET labels = '{oops'", False),
+        ("records", "updated_at is no time", "UPDATE items SET updated_at = 'soon'", False),
+        ("records", "path is no JSON", "UPDATE items SET path = 'p'", False),
+        ("trace_columns", "", "UPDATE traces SET query_id = 'x', reply_id = NULL", True),
+        ("wrong_item_vectors", "", "UPDATE item_texts SET vector = '\\x0000803f'", True),
+        ("wrong_vectors", "", "UPDATE vectors SET vector = '\\x0000803f'", True),
+    ],
+)
+def test_what_cannot_be_read_and_what_is_derived_is_named(url, kind, row, broken, is_mended):
+    with Memory.open(url, embedder=HashEmbedder(), llm=ScriptedLLM(lambda _: "Noted.")) as memory:
+        scope = memory.namespace("a")
+        scope.chat("Where is the kite?")
+        scope.items.put(("p",), "k", {"n": 1}, texts=[("n", "a boat")])
+        with memory.parts.store.database.write() as connection:
+            connection.exec_driver_sql(broken)
+    with Memory.open(url, embedder=HashEmbedder()) as memory:
+        [first, *_] = memory.check(deep=True)[kind]
+        assert row in first
+        memory.repair(deep=True)
+        assert bool(memory.check(deep=True)[kind]) is not is_mended
 
 
 # -- pgvector ----------------------------------------------------------------------------------------------------------
