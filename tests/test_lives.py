@@ -1,5 +1,6 @@
 """A memory's life: forked, closed, exported while others write."""
 
+import ast
 import asyncio
 import json
 import os
@@ -85,6 +86,15 @@ def test_a_child_leaves_the_connections_to_a_server_to_its_parent(postgres_serve
     with Memory.open(postgres_server.url(postgres_server.new()), embedder="hash") as memory:
         scope = memory.namespace("a")
         scope.add("before")
+
+        def used() -> set[int]:
+            """The server's processes at the other ends of the connections that lie ready."""
+            database = memory.parts.store.database
+            with database.read() as one, database.write() as other:
+                return {each.exec_driver_sql("SELECT pg_backend_pid()").scalar_one() for each in (one, other)}
+
+        assert used() == used()
+        assert used().isdisjoint(ast.literal_eval(forked(used)))
         begun, go_on = threading.Event(), threading.Event()
 
         def work() -> None:
