@@ -60,7 +60,7 @@ def name_of(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """The name under which a file is installed: stores/records.py is memory_os.stores.sqlite."""
+    """The name under which a file is installed: stores/records.py is memory_os.stores.records."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts if parts[0] == "memory_os" else ("memory_os", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
