@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
@@ -29,6 +28,7 @@ from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, pro
 from memory_os.stores.rows import as_labels
 from memory_os.stores.schema import HEAD
 from memory_os.stores.upgrade import Upgrade
+from memory_os.stores.vacuum import vacuumed
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ OPTIONS = (
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
-STILL_SEEN = re.compile(r"(\d+) are dead but not yet removable")
 log = logging.getLogger(__name__)
 _open: weakref.WeakSet[Postgres] = weakref.WeakSet()
 _inherited: list[sa.Pool] = []
@@ -248,30 +247,10 @@ class Postgres:
         Not so where somebody still looks at what was there before, or where the tables are another role's.
         """
         parts, self._deleted_in = self._deleted_in, set()
-        told: list[str] = []
         try:
-            tables = self._tables(parts)
-            with self._writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
-
-                def listen(diagnostic: psycopg.errors.Diagnostic) -> None:
-                    told.append(f"{diagnostic.severity_nonlocalized}: {diagnostic.message_primary}")
-
-                driver.add_notice_handler(listen)
-                try:
-                    connection.exec_driver_sql(f"SET lock_timeout = {max(1, int(patience_s * 1000))}")
-                    connection.exec_driver_sql(f"VACUUM (VERBOSE) {', '.join(tables)}")
-                    connection.exec_driver_sql("RESET lock_timeout")
-                except BaseException:
-                    connection.invalidate()  # its setting with it
-                    raise
-                finally:
-                    driver.remove_notice_handler(listen)
+            clean = vacuumed(self._writer, self._tables(parts), patience_s)
         except sa.exc.DBAPIError:
-            self._deleted_in |= parts
-            return False
-        seen = [int(number) for line in told for number in STILL_SEEN.findall(line)]
-        clean = len(seen) >= len(tables) and not any(seen) and not any(line.startswith("WARNING") for line in told)
+            clean = False
         if not clean:
             self._deleted_in |= parts
         return clean

@@ -619,6 +619,20 @@ def test_what_is_forgotten_is_vacuumed_or_said_to_be_unfinished(url):
         assert size(memory) == 0  # VACUUM gives back what is empty at the end of a table
 
 
+def test_a_table_that_another_one_cleans_is_waited_for_as_long_as_is_said(url, store):
+    add(store, ALICE, "kite")
+    deleted = store.delete({ALICE: []}, everything=True)
+    with store.database.write(ALICE) as other:
+        other.exec_driver_sql("LOCK TABLE summaries IN SHARE UPDATE EXCLUSIVE MODE")  # as VACUUM does
+        assert not store.scrub(deleted, index_purged=True, patience_s=0)
+        assert store.check("f")["unfinished"]
+        thread = threading.Timer(0.5, other.commit)
+        thread.start()
+        assert store.scrub(None, index_purged=True, patience_s=60)
+        thread.join()
+    assert not any(store.check("f").values())
+
+
 # -- care --------------------------------------------------------------------------------------------------------------
 
 
