@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memory_os.derive import catch_up, embedded_text
+from memory_os.errors import StoreError
 from memory_os.items import Items
+from memory_os.protocols import KeptIndex
 from memory_os.turn import Parts
 from memory_os.types import Namespace
 
@@ -15,7 +17,7 @@ SAMPLE = 2000
 """Of so many segments of a namespace, at most, the vector is made again and compared."""
 NEAR = 0.99
 """The cosine of a vector and the same made again: on other hardware they differ a little."""
-NO_FAULT = ("pending_vectors", "pending_item_vectors", "lost_sources", "copies")
+NO_FAULT = ("pending_vectors", "pending_item_vectors", "pending_deliveries", "lost_sources", "copies")
 """What is found and is no fault: work that is left, summaries of what was not imported along, copies to be deleted."""
 BY_HAND = "restore a backup or an export: memos import"
 FIXES = {
@@ -26,6 +28,7 @@ FIXES = {
     "settings": "move the file to a local disk, which can keep a write-ahead log",
     "permissions": "let nobody else write it: chmod o-w FILE",
     "lost_sources": "the summaries are of segments that are not here, as after the import of a session",
+    "index_unreachable": "start the server, or open the store without it: --vectors exact",
     "copies": "made before an upgrade, with what was forgotten since; delete them when all is well",
 }
 """What to do about what ``repair`` does not mend."""
@@ -37,7 +40,7 @@ def check(parts: Parts) -> dict[str, list[str]]:
     ``pending_vectors`` and ``pending_item_vectors`` are work that was interrupted and not a fault of the data.
     """
     faults = parts.store.check(parts.embedder.fingerprint)
-    faults["index"] = _index_strays(parts)
+    faults |= _index_faults(parts)
     faults["bank"] = parts.bank.check() if parts.bank else []
     return faults
 
@@ -48,7 +51,7 @@ def check_deep(parts: Parts, progress: Callable[[str, int, int], None] | None = 
     :param progress: called with ``(what is looked at, done, of so many)``.
     """
     embedder, store = parts.embedder, parts.store
-    found = store.check_deep(embedder.fingerprint, embedder.dimension, progress)
+    found = store.check_deep(embedder.fingerprint, embedder.dimension, progress) | _index_faults(parts, deep=True)
     if not found["wrong_vectors"]:  # of one length, so that they can be read as a matrix
         names = store.namespaces()
         for n, namespace in enumerate(names, start=1):
@@ -75,12 +78,26 @@ def _unlike(parts: Parts, namespace: Namespace) -> list[str]:
     return [str(known[id_]) for id_ in wrong if id_ in known]
 
 
-def _index_strays(parts: Parts) -> list[str]:
-    strays: set[str] = set()
-    for namespace in parts.store.namespaces(emptied=True):
-        held = parts.index.ids(namespace)
-        strays |= held - set(parts.store.get(namespace, held))
-    return sorted(strays)
+def _index_faults(parts: Parts, *, deep: bool = False) -> dict[str, list[str]]:
+    """What the index holds too much (``index``); of one that is kept elsewhere also what it lacks or has wrong."""
+    index, names = parts.index, parts.store.namespaces(emptied=True)
+    if not isinstance(index, KeptIndex):
+        held = ((namespace, index.ids(namespace)) for namespace in names)
+        return {"index": sorted({id_ for ns, ids in held for id_ in ids - set(parts.store.get(ns, ids))})}
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS_OF_INDEX}
+    try:
+        for namespace in names:
+            differences = index.differences(namespace, deep=deep)
+            for kind, difference in KINDS_OF_INDEX.items():
+                found[kind] += differences[difference]
+    except StoreError as error:
+        return {**found, "index_unreachable": [str(error)]}
+    return found
+
+
+KINDS_OF_INDEX = {
+    "index": "extra", "index_missing": "missing", "index_wrong": "wrong", "pending_deliveries": "undelivered",
+}  # fmt: skip
 
 
 def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
@@ -93,7 +110,8 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep:
         faults = check_deep(parts)
         parts.store.repair_deep(faults)
         found |= {kind: len(rows) for kind, rows in faults.items()}
-    found["index"] = len(_index_strays(parts))
+    if not deep:
+        found |= {kind: len(rows) for kind, rows in _index_faults(parts).items()}
     found["bank"] = parts.bank.repair() if parts.bank else 0
     kinds = ("index", "missing_vectors", "orphan_vectors", "pending_vectors", "wrong_vectors")
     moved = any(found.get(kind) for kind in kinds)
@@ -107,6 +125,10 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep:
         )
         if parts.items:
             Items(parts.items, parts.embedder, namespace).catch_up()
+        if isinstance(parts.index, KeptIndex):
+            if not found.get("index_unreachable"):
+                parts.index.mend(namespace, deep=deep)
+            continue
         if moved:
             parts.index.drop(namespace)
         parts.index.sync(namespace)

@@ -98,8 +98,8 @@ def forget(
         return parts.store.delete(namespace, unique, items=items, preview=True)
     going = parts.store.get(namespace, with_summaries(parts, namespace, unique)) if verify else {}
     counts = parts.store.delete(namespace, unique, items=items)
-    if counts["segments"]:
-        parts.index.purge(namespace)
+    if counts["segments"] and not parts.index.purge(namespace):
+        counts["unfinished"] = 1
     if verify:
         counts["residue"] = len(residue(parts, {segment.text for segment in going.values()}))
     return counts

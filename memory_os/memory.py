@@ -96,7 +96,8 @@ class Memory:
             model among them; for every verb that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
             ``Embeddings`` among them.
-        :param vectors: ``"exact"`` or ``"chroma"``.
+        :param vectors: ``"exact"``, ``"chroma"`` (embedded), or a Chroma server: ``"chroma+https://HOST:PORT"``, with
+            ``?tenant=NAME&database=NAME`` where needed and its token in ``CHROMA_TOKEN``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
@@ -504,7 +505,8 @@ class Scope:
 
         What is forgotten stays so: by ids and keys, of which digests are kept, ``add_many``, ``ingest`` and
         ``import_`` leave it out, unless told to restore it. When this returns, no file of the store holds the text; if
-        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again.
+        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again; or
+        a Chroma server could not be reached, from which it is taken out once it is back.
 
         :param after: event times from this one on.
         :param before: event times up to, and without, this one.

@@ -137,7 +137,7 @@ class View:
             per_token=True,
             state=self._ready(),
         )
-        self.notes += [note for note in recalled.notes if note not in self.notes]
+        self._note(*recalled.notes, *getattr(self.parts.index, "notes", ()))
         in_flash = {segment.id for segment in self.flash}
         found, echoes = (
             [
@@ -159,8 +159,12 @@ class View:
         archive = read_archive(
             self.parts.recall, self.namespace, self.query, upto=self.upto, flash=flash, state=self._ready()
         )
+        self._note(*getattr(self.parts.index, "notes", ()))
         self.clock.lap("recall")
         return archive
+
+    def _note(self, *notes: str) -> None:
+        self.notes += [note for note in notes if note not in self.notes]
 
     def _ready(self) -> State:
         """The namespace's state, once the vectors that were pending are made if they are few."""

@@ -1,29 +1,20 @@
-"""Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock.
-
-Approximate (HNSW). One collection holds one namespace under one embedder; how far it has read the vector rows is kept
-in the collection's metadata, so it catches up after whatever stopped it.
-"""
+"""Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_os.errors import StoreError, StoreLockedError
+from memory_os.stores.chroma_collections import Collections, cosines_of
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
-    from chromadb.api.models.Collection import Collection
-
     from memory_os.protocols import Vector, VectorSource
 
 __all__ = ["ChromaIndex"]
-
-BATCH = 2000  # below Chroma's own limit
 
 
 class ChromaIndex:
@@ -53,105 +44,54 @@ class ChromaIndex:
             ) from error
         self._lock = threading.Lock()
         self._folder = folder
-        self._client = self._connected()
+        self._connect()
 
-    def _connected(self) -> Any:
+    def _connect(self) -> None:
         import chromadb
         from chromadb.config import Settings
 
-        return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
+        settings = Settings(anonymized_telemetry=False)
+        self._client: Any = chromadb.PersistentClient(str(self._folder), settings=settings)
+        self._collections = Collections(self._source, self._fingerprint, self._client)
 
     def search(
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` that HNSW finds among segments with ``seq <= upto``."""
         with self._lock:
-            collection = self._synced(namespace)
-            if k < 1 or not collection.count():
-                return []
-            where: Any = None if upto is None else {"seq": {"$lte": upto}}
-            found: Any = collection.query(
-                query_embeddings=vector.reshape(1, -1),
-                n_results=min(k, collection.count()),
-                where=where,
-                include=["distances", "metadatas"],
-            )
-        rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
-        ranked = sorted((distance, meta["seq"], id_) for id_, distance, meta in rows)
-        return [(id_, 1.0 - float(distance)) for distance, _, id_ in ranked]
+            return self._collections.nearest(namespace, vector, k, upto)
 
     def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
-        """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
-        import numpy as np
-
-        cosines: dict[str, float] = {}
-        with self._lock:
-            collection = self._collection(namespace)
-            for start in range(0, len(ids), BATCH):
-                found: Any = collection.get(ids=list(ids[start : start + BATCH]), include=["embeddings"])
-                if found["ids"]:
-                    cosines.update(zip(found["ids"], np.asarray(found["embeddings"]) @ vector, strict=True))
-        return np.array([cosines.get(id_, 0.0) for id_ in ids], dtype=np.float32)
+        """The cosines of these segments, in their order; 0 for one that has no vector."""
+        return cosines_of(self._source, self._fingerprint, namespace, vector, ids)
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the collection holds now."""
         with self._lock:
-            return set(self._collection(namespace).get(include=[])["ids"])
+            return set(self._collections.held(namespace))
+
+    def differences(self, namespace: Namespace, *, deep: bool = False) -> dict[str, list[str]]:
+        """How the collection differs from the rows; see ``KeptIndex``."""
+        with self._lock:
+            found = self._collections.differences(namespace, deep=deep)
+        return {**found, "undelivered": []}  # nobody else reads the folder, and each search delivers first
+
+    def mend(self, namespace: Namespace, *, deep: bool = False) -> None:
+        """Make the collection equal to the rows."""
+        with self._lock:
+            self._collections.mend(namespace, deep=deep)
 
     def sync(self, namespace: Namespace) -> None:
         """Add the rows that are new; where rows went away, take out what the rows no longer hold."""
         with self._lock:
-            self._synced(namespace)
-
-    def _synced(self, namespace: Namespace) -> Collection:
-        collection = self._collection(namespace)
-        state = collection.metadata or {}
-        epoch, last = self._source.vector_epoch(namespace, self._fingerprint)
-        if state.get("epoch") == epoch and state.get("last") == last:
-            return collection
-        whole = state.get("epoch") != epoch
-        ids, seqs, rows, last = self._source.read_vectors(
-            namespace, self._fingerprint, 0 if whole else int(state["last"])
-        )
-        if whole:
-            held = set(collection.get(include=[])["ids"])
-            self._drop_former(namespace, collection.name)
-            gone = sorted(held - set(ids))
-            for start in range(0, len(gone), BATCH):
-                collection.delete(ids=gone[start : start + BATCH])
-        for start in range(0, len(ids), BATCH):
-            part = slice(start, start + BATCH)
-            collection.upsert(ids=ids[part], embeddings=rows[part], metadatas=[{"seq": seq} for seq in seqs[part]])
-        # last of all: an interrupted catch-up is simply repeated
-        collection.modify(metadata={"epoch": epoch, "last": last, "of": _digest(namespace)})
-        return collection
-
-    def _drop_former(self, namespace: Namespace, name: str) -> None:
-        """Delete what was indexed of the namespace under another embedder: nothing keeps it in step any more."""
-        for other in self._client.list_collections():
-            if other.name != name and (other.metadata or {}).get("of") == _digest(namespace):
-                self._client.delete_collection(other.name)
-
-    def _collection(self, namespace: Namespace) -> Collection:
-        collection: Collection = self._client.get_or_create_collection(
-            self._name(namespace), embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
-        )
-        return collection
-
-    def _name(self, namespace: Namespace) -> str:
-        return "memos-" + _digest([namespace, self._fingerprint])
+            self._collections.synced(namespace)
 
     def drop(self, namespace: Namespace) -> None:
         """Delete the collection; the next search rebuilds it."""
-        from chromadb.errors import NotFoundError
-
         with self._lock:
-            try:
-                self._client.delete_collection(self._name(namespace))
-            except NotFoundError:
-                return
+            self._collections.drop(namespace)
 
-    def purge(self, namespace: Namespace) -> None:
+    def purge(self, namespace: Namespace) -> bool:
         """Drop the collection, which the next search rebuilds, and what Chroma leaves of one in its files.
 
         Chroma keeps what was added in a queue, and folders of collections that are gone.
@@ -162,7 +102,8 @@ class ChromaIndex:
             try:
                 self._clean()
             finally:
-                self._client = self._connected()
+                self._connect()
+        return True
 
     def _clean(self) -> None:
         import shutil
@@ -181,7 +122,3 @@ class ChromaIndex:
         with self._lock:
             self._client.close()
             self._owner.release()
-
-
-def _digest(identity: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()[:40]

@@ -112,9 +112,10 @@ class ExactIndex:
         with self._lock:
             self._tables.pop(namespace, None)
 
-    def purge(self, namespace: Namespace) -> None:
+    def purge(self, namespace: Namespace) -> bool:
         """As ``sync``: it has no files."""
         self.sync(namespace)
+        return True
 
     def close(self) -> None:
         """Forget everything."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from memory_os.stores.chroma import ChromaIndex
+from memory_os.stores.chroma_server import ChromaServerIndex, read_address
 from memory_os.stores.exact import ExactIndex
 from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment
@@ -22,21 +23,24 @@ def store(tmp_path):
     opened.close()
 
 
-@pytest.fixture(params=["exact", "chroma"])
+@pytest.fixture(params=["exact", "chroma", "server"])
 def make_index(request, store, tmp_path):
     opened = []
 
     def make():
-        index = (
-            ExactIndex(store, fingerprint=F)
-            if request.param == "exact"
-            else ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
-        )
+        if request.param == "exact":
+            index = ExactIndex(store, fingerprint=F)
+        elif request.param == "chroma":
+            index = ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
+        else:
+            address = read_address(request.getfixturevalue("chroma_server").url, {})
+            index = ChromaServerIndex(store, fingerprint=F, address=address)
         opened.append(index)
         return index
 
     yield make
     for index in opened:
+        assert not getattr(index, "notes", ()), "the server was not used"
         index.close()
 
 
