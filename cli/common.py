@@ -47,7 +47,9 @@ Llm = Annotated[
 Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
-Vectors = Annotated[str | None, typer.Option("--vectors", help="exact, chroma, or chroma+http://HOST:PORT.", rich_help_panel="Settings")]
+Vectors = Annotated[
+    str | None, typer.Option("--vectors", help="exact, chroma, or chroma+http://HOST:PORT.", rich_help_panel="Settings")
+]
 Controller = Annotated[
     str | None,
     typer.Option("--controller", help="auto, scm, xl3m, alr2, longmem-free or recency.", rich_help_panel="Settings"),

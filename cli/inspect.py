@@ -252,7 +252,9 @@ def config(
         return without_secrets(value) if isinstance(value, str) else value
 
     if json:
-        render.print_json({name: {"value": shown(origin.value), "source": origin.source} for name, origin in origins.items()})
+        render.print_json(
+            {name: {"value": shown(origin.value), "source": origin.source} for name, origin in origins.items()}
+        )
         return
     rows = {name: [str(shown(origin.value)), origin.source] for name, origin in origins.items()}
     render.out().print(render.pairs_table(rows, "setting", "value", "from"))

@@ -390,7 +390,7 @@ class KeptIndex(Protocol):
     """A ``VectorIndex`` that is kept outside the process, and so may differ from the rows."""
 
     def differences(self, namespace: Namespace, *, deep: bool = False) -> dict[str, list[str]]:
-        """Segment ids: ``missing`` ones, ``extra`` ones, ``wrong`` ones, and those ``undelivered`` yet, which is no fault.
+        """Ids of segments: ``missing``, ``extra`` and ``wrong`` ones, and ``undelivered`` yet, which is no fault.
 
         :param deep: compare the vectors themselves, and not only their checksums.
         :raises StoreError: if the index cannot be read.

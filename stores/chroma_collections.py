@@ -93,7 +93,7 @@ class Collections:
         if not known:
             return []
         cosines = rows @ vector
-        best = [i for i in np.lexsort((seqs, -cosines)) if upto is None or seqs[i] <= upto]
+        best = [i for i in np.lexsort((np.array(seqs), -cosines)) if upto is None or seqs[i] <= upto]
         return [(known[i], float(cosines[i])) for i in best]
 
     def held(self, namespace: Namespace) -> dict[str, int | None]:
@@ -145,6 +145,7 @@ class Collections:
         """
         from chromadb.errors import NotFoundError
 
+        collection: Any
         collection, standing = self._known.get(namespace, (None, None))
         if standing and not whole and standing[:2] == self._source.vector_epoch(namespace, self._fingerprint):
             try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -269,7 +269,7 @@ class ChromaServerIndex:
                 f"what answers at {self.address} is no Chroma server that speaks API v2 ({answer.status_code}); "
                 "name another host or port, or update it"
             )
-        quick, patient = (self._tried(lambda seconds=s: self._client(seconds)) for s in (QUICK_S, PATIENT_S))
+        quick, patient = (self._tried(partial(self._client, seconds)) for seconds in (QUICK_S, PATIENT_S))
         owner = self._source.id
         self._quick = Collections(self._source, self._fingerprint, quick, owner=owner)
         self._patient = Collections(self._source, self._fingerprint, patient, owner=owner)
@@ -299,8 +299,8 @@ class ChromaServerIndex:
             told: it may repeat what it was sent.
         """
         import httpx
-        from tenacity import retry_if_exception_type, stop_after_attempt, wait_fixed
         from tenacity import retry as retrying
+        from tenacity import retry_if_exception_type, stop_after_attempt, wait_fixed
 
         again = retrying(
             retry=retry_if_exception_type((httpx.NetworkError, httpx.RemoteProtocolError)),
@@ -333,8 +333,14 @@ class ChromaServerIndex:
 
     def _work(self) -> None:
         """Bring the server up to date, as often as it takes; then hand searches back to it."""
-        from tenacity import RetryError, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
-        from tenacity import stop_when_event_set
+        from tenacity import (
+            RetryError,
+            Retrying,
+            retry_if_exception_type,
+            sleep_using_event,
+            stop_when_event_set,
+            wait_random_exponential,
+        )
 
         try:
             for attempt in Retrying(
@@ -363,7 +369,7 @@ class ChromaServerIndex:
                             log.warning("the Chroma server at %s is back", self.address)
                         self._away, self._thread = "", None
                         return
-                self._tried(lambda each=namespace: patient.synced(each))
+                self._tried(partial(patient.synced, namespace))
                 self._exact.drop(namespace)
                 with self._lock:
                     self._due.pop(namespace, None)

