@@ -100,6 +100,7 @@ def opened(
         bank=settings.bank,
         retention_days=settings.retention_days if writes else None,
         redact=settings.redact,
+        telemetry=settings.telemetry,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

@@ -13,6 +13,7 @@ from memory_os.derive import catch_up
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
 from memory_os.protocols import CachingLLM
+from memory_os.telemetry import Telemetry
 from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions, Namespace
 
@@ -151,6 +152,7 @@ def build_parts(
     bank: BankOptions,
     retention: Retention | None = None,
     redact: Redact | None = None,
+    telemetry: bool = False,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -197,11 +199,15 @@ def build_parts(
             items, chosen_embedder, namespace
         ).catch_up(limit=most)
 
+    def count_all_missing() -> int:
+        return sum(map(count_missing, store.namespaces()))
+
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
         backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
         items=items, retention=retention,
+        telemetry=Telemetry(store.id, count_all_missing) if telemetry else None,
     )  # fmt: skip
 
 

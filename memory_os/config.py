@@ -23,7 +23,7 @@ from memory_os.types import BankOptions
 __all__ = ["Origin", "Settings", "config_path", "format_labels", "load", "parse_labels", "without_secrets"]
 
 PREFIX = "MEMOS_"
-OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG"}
+OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG", "MEMOS_LOG_JSON"}
 DEFAULTS = Options()
 BANK = BankOptions()
 
@@ -76,6 +76,7 @@ class Settings(BaseSettings):
     system: str = DEFAULTS.system
     retention_days: float | None = None
     redact: bool = False
+    telemetry: bool = False
     bank_tokens: int = BANK.max_tokens
     bank_mb: int = BANK.max_bytes // 1_000_000
     bank_policy: Literal["fifo", "lru", "surprisal"] = BANK.policy

@@ -88,6 +88,7 @@ class Memory:
         bank: BankOptions | None = None,
         retention_days: float | None = None,
         redact: bool | Callable[[str], str] = False,
+        telemetry: bool = False,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
@@ -107,6 +108,7 @@ class Memory:
         :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
             their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
             cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
+        :param telemetry: tell OpenTelemetry of every turn, in numbers and names, never in texts: docs/observability.md.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -131,6 +133,7 @@ class Memory:
                 bank=bank or BankOptions(),
                 retention=retention,
                 redact=redactor(redact),
+                telemetry=telemetry,
             )
         )
         try:
@@ -202,6 +205,8 @@ class Memory:
             self.parts.vectors.close(LAST_PATIENCE_S)
         if self.parts.backlog:
             self.parts.backlog.pause(LAST_PATIENCE_S)
+        if self.parts.telemetry:
+            self.parts.telemetry.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -690,17 +695,20 @@ class Scope:
             limit = NO_LIMIT
         if record and asked is None:
             asked = self.add(query)
-        context = prepare(
-            self._parts,
-            self.labels,
-            self.session_name,
-            query,
-            budget=limit,
-            tools=tools,
-            asked=asked,
-            conversation=conversation,
-            memory_tokens=memory_tokens,
-        )
+        with self._parts.clock("context", self.labels) as clock:
+            context = prepare(
+                self._parts,
+                self.labels,
+                self.session_name,
+                query,
+                budget=limit,
+                tools=tools,
+                asked=asked,
+                clock=clock,
+                conversation=conversation,
+                memory_tokens=memory_tokens,
+            )
+            clock.result(context.trace)
         if asked:
             self._parts.store.save_trace(context.trace)
         return context
