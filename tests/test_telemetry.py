@@ -122,7 +122,7 @@ def test_metrics_count_tokens_time_errors_and_work_that_is_left(tmp_path, collec
     before = {part: total("memory_os.tokens", part=part) for part in ("system", "activated")}
     generated = total("memory_os.stage.duration", stage="generate")
     failed = total("memory_os.errors", operation="turn")
-    with opened(tmp_path / "memory.db", ["Here.", RuntimeError("it broke")]) as memory:
+    with opened(tmp_path / "memory.db", ["Here."]) as memory:  # and then it has no reply left
         scope = memory.namespace("alice").session("monday")
         account = scope.chat("Where is the kite?").trace.account
         with pytest.raises(LLMError):
@@ -170,16 +170,20 @@ def session(path, **options):
                 raise RuntimeError(f"cannot embed {texts}")
             return super().embed_documents(texts)
 
-    replies = [f"It is the {s['reply']}.", RuntimeError(f"{s['failure']} in {s['query']}"), f"The {s['reply']} again."]
+    def answer(messages):
+        if "now?" in messages[-1]["content"]:
+            raise RuntimeError(f"{s['failure']} in {s['query']}")
+        return f"It is the {s['reply']}."
+
     embedder = Broken()
-    with Memory.open(path, embedder=embedder, llm=ScriptedLLM(replies), **options) as memory:
+    with Memory.open(path, embedder=embedder, llm=ScriptedLLM(answer), **options) as memory:
         scope = memory.namespace(s["label"], "b").session(s["session"])
         first = scope.add(f"The {s['text']} is here.", speaker=s["speaker"], metadata={"k": s["metadata"]})
         scope.ingest(
             io.BytesIO(f"# {s['document']}\n\nIt is {s['document']}.".encode()), format="markdown", name="a.md"
         )
         scope.chat(f"Where is {s['query']}?")
-        with pytest.raises(LLMError):
+        with pytest.raises(LLMError, match=s["failure"]):
             scope.chat(f"Where is {s['query']} now?")
         scope.context(f"What of {s['query']}?", budget=500, record=True)
         scope.search(s["query"])
