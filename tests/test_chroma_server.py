@@ -84,6 +84,21 @@ def test_config_shows_no_token(capsys):
         assert "***@localhost:1" in shown
 
 
+def test_the_command_uses_a_server(tmp_path, chroma_server, capsys, monkeypatch):
+    from memory_os.cli.main import app
+
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        memory.namespace("default").add("The kite is under the bed.")
+    monkeypatch.setenv("MEMOS_EMBEDDER", "hash")
+    for words in (["search", "kite", "--json"], ["doctor", "--json"]):
+        with pytest.raises(SystemExit) as left:
+            app([*words, "--store", str(tmp_path / "memory.db"), "--vectors", chroma_server.url])
+        assert left.value.code == 0
+    found, checked = capsys.readouterr().out.split("]\n{", 1)
+    assert "under the bed" in found
+    assert json.loads("{" + checked)["found"]["pending_deliveries"] == 0
+
+
 # -- outages -----------------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,16 @@ def test_upto_bounds_the_search_and_ties_go_to_the_smaller_seq(store, make_index
     assert [id_ for id_, _ in index.search(ALICE, row[0], 6, upto=4)] == ids[:4]
 
 
+def test_what_comes_after_upto_takes_nobodys_place(store, make_index):
+    rng = np.random.default_rng(6)
+    query = unit(rng, 1)[0]
+    near = query + 0.01 * rng.standard_normal((90, 24)).astype(np.float32)
+    far = unit(rng, 10)
+    ids = add(store, ALICE, np.concatenate([far, near / np.linalg.norm(near, axis=1, keepdims=True)]))
+    found = make_index().search(ALICE, query, 5, upto=10)
+    assert [id_ for id_, _ in found] == [ids[i] for i in np.argsort(-(far @ query), kind="stable")[:5]]
+
+
 def test_namespaces_and_fingerprints_stay_apart(store, make_index):
     rng = np.random.default_rng(3)
     rows = unit(rng, 4)
