@@ -49,7 +49,9 @@ Llm = Annotated[
 Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
-Vectors = Annotated[str | None, typer.Option("--vectors", help="exact or chroma.", rich_help_panel="Settings")]
+Vectors = Annotated[
+    str | None, typer.Option("--vectors", help="exact, chroma, or chroma+http://HOST:PORT.", rich_help_panel="Settings")
+]
 Controller = Annotated[
     str | None,
     typer.Option("--controller", help="auto, scm, xl3m, alr2, longmem-free or recency.", rich_help_panel="Settings"),
@@ -100,6 +102,7 @@ def opened(
         bank=settings.bank,
         retention_days=settings.retention_days if writes else None,
         redact=settings.redact,
+        telemetry=settings.telemetry,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

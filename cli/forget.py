@@ -131,7 +131,8 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path) -> 
     talk = render.talk()
     if counts.get("unfinished"):
         talk.print(
-            "Another process is reading the store: its files hold the text until the store is next opened.",
+            "Another process is reading the store, whose files hold the text until it is next opened; or the Chroma "
+            "server is away, and holds the vectors until it is back.",
             style="yellow",
         )
     if counts.get("residue"):

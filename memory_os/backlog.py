@@ -104,7 +104,8 @@ class Backlog:
                 try:
                     text = self._summary(segment, llm, stop)
                 except LLMError as error:  # asked again when the summary is needed
-                    log.warning("no summary of #%d: %s", segment.seq, error)
+                    # not what it said: a server may repeat the prompt
+                    log.warning("no summary of #%d: the LLM failed (%s)", segment.seq, _kind(error.__cause__ or error))
                     self._failed.add(segment.id)
                     continue
                 if text is not None:
@@ -226,7 +227,7 @@ class VectorBacklog:
                     self._newest = not self._newest
                 self._note(namespace, left - made if made else 0)
             except Exception as error:  # whatever a foreign embedder raises: tried again when memory is next used
-                log.warning("vectors are left for later: %s", error)
+                log.warning("vectors are left for later: the embedder failed (%s)", _kind(error))
                 self._note(namespace, 0, f"{type(error).__name__}: {error}")
 
     def _note(self, namespace: Namespace, left: int, failure: str = "") -> None:
@@ -238,6 +239,10 @@ class VectorBacklog:
                 self._queue[namespace] = left
             else:
                 self._queue.pop(namespace, None)
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
 
 
 _alive: weakref.WeakSet[Backlog | VectorBacklog] = weakref.WeakSet()

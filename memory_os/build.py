@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNa
 from memory_os.items import Items
 from memory_os.limits import as_ref
 from memory_os.protocols import CachingLLM
+from memory_os.telemetry import Telemetry
 from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions, Namespace
 
@@ -104,6 +106,12 @@ def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     return ChromaIndex(store, fingerprint=fingerprint, folder=folder_of(path))
 
 
+def _chroma_server(store: RecordStore, fingerprint: str, url: str) -> VectorIndex:
+    from memory_os.stores.chroma_server import ChromaServerIndex, read_address
+
+    return ChromaServerIndex(store, fingerprint=fingerprint, address=read_address(url, os.environ))
+
+
 def _minilm() -> Embedder:
     from memory_os.adapters.sentence_transformer import SentenceTransformerEmbedder
 
@@ -124,6 +132,7 @@ CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
 ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2", "longmem-free")
 """Controllers that use the LLM, where there is one, before it replies."""
 VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {"exact": _exact, "chroma": _chroma}
+CHROMA_SERVER = ("chroma+http://", "chroma+https://")
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
 ADAPTERS_WITH = {
@@ -145,6 +154,7 @@ def build_parts(
     bank: BankOptions,
     retention: Retention | None = None,
     redact: Redact | None = None,
+    telemetry: bool = False,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -159,8 +169,9 @@ def build_parts(
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
     chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
-    if vectors not in VECTORS:
-        raise UnknownNameError("vector index", vectors, VECTORS)
+    if vectors not in VECTORS and not vectors.startswith(CHROMA_SERVER):
+        shown = vectors if "://" not in vectors else vectors.partition("://")[0]  # the rest may hold a token
+        raise UnknownNameError("vector index", shown, VECTORS, "or chroma+http://HOST:PORT for a Chroma server")
     counter = _counter(tokenizer, chosen_llm)
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
@@ -173,7 +184,12 @@ def build_parts(
 
     store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
     try:
-        index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
+        make_index = VECTORS.get(vectors)
+        index = (
+            make_index(store, chosen_embedder.fingerprint, file)
+            if make_index
+            else _chroma_server(store, chosen_embedder.fingerprint, vectors)
+        )
     except BaseException:
         store.close()
         raise
@@ -189,11 +205,15 @@ def build_parts(
         made = Items(items, chosen_embedder, namespace).catch_up(limit=most)
         return Made(made, made)
 
+    def count_all_missing() -> int:
+        return sum(map(count_missing, store.namespaces()))
+
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
         backlog=Backlog(store), bank=SegmentBank(store.database, bank_folder(file), bank),
         items=items, retention=retention,
+        telemetry=Telemetry(store.id, count_all_missing) if telemetry else None,
     )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ class Memory:
         bank: BankOptions | None = None,
         retention_days: float | None = None,
         redact: bool | Callable[[str], str] = False,
+        telemetry: bool = False,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing.
@@ -106,7 +107,8 @@ class Memory:
             model among them; for every verb that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
             ``Embeddings`` among them.
-        :param vectors: ``"exact"`` or ``"chroma"``.
+        :param vectors: ``"exact"``, ``"chroma"`` (embedded), or a Chroma server: ``"chroma+https://HOST:PORT"``, with
+            ``?tenant=NAME&database=NAME`` where needed and its token in ``CHROMA_TOKEN``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
@@ -119,6 +121,7 @@ class Memory:
         :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
             their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
             cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
+        :param telemetry: tell OpenTelemetry of every turn, in numbers and names, never in texts: docs/observability.md.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -144,6 +147,7 @@ class Memory:
                 bank=bank or BankOptions(),
                 retention=retention,
                 redact=redactor(redact),
+                telemetry=telemetry,
             )
         )
         memory.parts.keep_to_retention(always=True)
@@ -211,6 +215,8 @@ class Memory:
             self.parts.vectors.close()
         if self.parts.backlog:
             self.parts.backlog.close()
+        if self.parts.telemetry:
+            self.parts.telemetry.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -540,7 +546,8 @@ class Scope:
 
         What is forgotten stays so: by ids and keys, of which digests are kept, ``add_many``, ``ingest`` and
         ``import_`` leave it out, unless told to restore it. When this returns, no file of the store holds the text; if
-        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again.
+        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again; or
+        a Chroma server could not be reached, from which it is taken out once it is back.
 
         :param after: event times from this one on.
         :param before: event times up to, and without, this one.
@@ -737,17 +744,20 @@ class Scope:
             limit = NO_LIMIT
         if record and asked is None:
             asked = self.add(query)
-        context = prepare(
-            self._parts,
-            self.labels,
-            self.session_name,
-            query,
-            budget=limit,
-            tools=tools,
-            asked=asked,
-            conversation=conversation,
-            memory_tokens=memory_tokens,
-        )
+        with self._parts.clock("context", self.labels) as clock:
+            context = prepare(
+                self._parts,
+                self.labels,
+                self.session_name,
+                query,
+                budget=limit,
+                tools=tools,
+                asked=asked,
+                clock=clock,
+                conversation=conversation,
+                memory_tokens=memory_tokens,
+            )
+            clock.result(context.trace)
         if asked:
             self._parts.store.save_trace(context.trace)
         return context

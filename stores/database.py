@@ -55,7 +55,10 @@ class Database:
         if path.is_dir():
             raise StoreError(f"cannot open {path}: it is a folder; name a file in it, such as {path / 'memory.db'}")
         # no bound on connections: writers that wait for the lock hold one each, and must not keep readers out
-        self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
+        # parameters are texts: neither SQLAlchemy's log nor its errors are to show them
+        self.engine = sa.create_engine(
+            f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1, hide_parameters=True
+        )
         event.listen(self.engine, "connect", _on_connect)
         event.listen(self.engine, "begin", _on_begin)
         self._connections: set[int] = set()

@@ -37,13 +37,14 @@ __all__ = [
     "pending",
     "scores",
     "segments",
+    "store",
     "summaries",
     "tombstones",
     "traces",
     "vectors",
 ]
 
-HEAD = "0008"
+HEAD = "0009"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -53,6 +54,12 @@ SUMMARY_TASK = "summary"
 """The pending task of summarising a segment."""
 
 metadata = MetaData()
+
+store = Table(
+    "store",
+    metadata,
+    Column("id", String(32), primary_key=True),  # one row: whose collections on a shared server are this store's
+)
 
 namespaces = Table(
     "namespaces",

@@ -37,6 +37,7 @@ from memory_os.stores.schema import (
     pending,
     scores,
     segments,
+    store,
     summaries,
     traces,
     vectors,
@@ -417,6 +418,13 @@ class SqliteStore:
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
+    @property
+    def id(self) -> str:
+        """A name of the store that no other has, but for copies of its file."""
+        with self.database.read() as connection:
+            id_: str = connection.execute(select(store.c.id)).scalar_one()
+        return id_
+
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last row)``; see ``VectorSource``."""
         with self.database.read() as connection:
@@ -447,6 +455,37 @@ class SqliteStore:
             raise ConfigError(OTHER_LENGTH.format(fingerprint))
         matrix = np.frombuffer(b"".join(row.vector for row in rows), dtype="<f4").reshape(len(rows), -1)
         return [row.id for row in rows], [row.seq for row in rows], matrix.astype(np.float32, copy=False), rows[-1].pk
+
+    def count_vectors(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many rows ``read_vectors`` gives."""
+        c = vectors.c
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            query = select(func.count()).where(c.namespace_id == ns, c.fingerprint == fingerprint)
+            return connection.execute(query).scalar_one()
+
+    def vectors_of(
+        self, namespace: Namespace, fingerprint: str, ids: Sequence[str]
+    ) -> tuple[list[str], list[int], Matrix]:
+        """The rows of these segments, of those that have one, in no order."""
+        import numpy as np
+
+        found: list[Any] = []
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            for part in parts(ids):
+                query = (
+                    select(segments.c.id, segments.c.seq, vectors.c.vector)
+                    .join(vectors, vectors.c.segment_pk == segments.c.pk)
+                    .where(segments.c.namespace_id == ns, segments.c.id.in_(part), vectors.c.fingerprint == fingerprint)
+                )
+                found += connection.execute(query).all()
+        if not found:
+            return [], [], np.empty((0, 0), dtype=np.float32)
+        if len({len(row.vector) for row in found}) > 1:
+            raise ConfigError(OTHER_LENGTH.format(fingerprint))
+        matrix = np.frombuffer(b"".join(row.vector for row in found), dtype="<f4").reshape(len(found), -1)
+        return [row.id for row in found], [row.seq for row in found], matrix.astype(np.float32, copy=False)
 
     def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
         """``(seq, token vectors)`` of the rows added after row ``after``, where there are any."""

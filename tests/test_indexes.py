@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from memory_os.stores.chroma import ChromaIndex
+from memory_os.stores.chroma_server import ChromaServerIndex, read_address
 from memory_os.stores.exact import ExactIndex
 from memory_os.stores.sqlite import SqliteStore
 from memory_os.types import NewSegment
@@ -22,21 +23,24 @@ def store(tmp_path):
     opened.close()
 
 
-@pytest.fixture(params=["exact", "chroma"])
+@pytest.fixture(params=["exact", "chroma", "server"])
 def make_index(request, store, tmp_path):
     opened = []
 
     def make():
-        index = (
-            ExactIndex(store, fingerprint=F)
-            if request.param == "exact"
-            else ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
-        )
+        if request.param == "exact":
+            index = ExactIndex(store, fingerprint=F)
+        elif request.param == "chroma":
+            index = ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
+        else:
+            address = read_address(request.getfixturevalue("chroma_server").url, {})
+            index = ChromaServerIndex(store, fingerprint=F, address=address)
         opened.append(index)
         return index
 
     yield make
     for index in opened:
+        assert not getattr(index, "notes", ()), "the server was not used"
         index.close()
 
 
@@ -91,6 +95,16 @@ def test_upto_bounds_the_search_and_ties_go_to_the_smaller_seq(store, make_index
     ids = add(store, ALICE, np.repeat(row, 6, axis=0))
     index = make_index()
     assert [id_ for id_, _ in index.search(ALICE, row[0], 6, upto=4)] == ids[:4]
+
+
+def test_what_comes_after_upto_takes_nobodys_place(store, make_index):
+    rng = np.random.default_rng(6)
+    query = unit(rng, 1)[0]
+    near = query + 0.01 * rng.standard_normal((90, 24)).astype(np.float32)
+    far = unit(rng, 10)
+    ids = add(store, ALICE, np.concatenate([far, near / np.linalg.norm(near, axis=1, keepdims=True)]))
+    found = make_index().search(ALICE, query, 5, upto=10)
+    assert [id_ for id_, _ in found] == [ids[i] for i in np.argsort(-(far @ query), kind="stable")[:5]]
 
 
 def test_namespaces_and_fingerprints_stay_apart(store, make_index):

@@ -43,7 +43,8 @@ WIRES_LAZILY = {"memory_os/__init__.py", "memory_os/memory.py", "memory_os/aio.p
 
 HEAVY = {
     "alembic", "chromadb", "langchain", "langchain_core", "langgraph", "pydantic", "pydantic_settings",
-    "httpx", "matplotlib", "sentence_transformers", "sqlalchemy", "tenacity", "tiktoken", "torch", "transformers",
+    "httpx", "matplotlib", "opentelemetry", "sentence_transformers", "sqlalchemy", "tenacity", "tiktoken",
+    "torch", "transformers",
 }  # fmt: skip
 HEAVY_AT_TOP = {"stores": {"sqlalchemy", "alembic"}, "memory_os/config.py": {"pydantic", "pydantic_settings"}}
 
