@@ -93,7 +93,7 @@ def _longmem_free(options: Mapping[str, Any]) -> Controller:
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
 
-    return ExactIndex(store, fingerprint=fingerprint)
+    return ExactIndex(store, fingerprint=fingerprint, folder=path.with_name(path.name + ".vectors"))
 
 
 def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
