@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -160,13 +161,22 @@ def build_parts(
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
 
-    from memory_os.adapters.tokenizers import counter_for
+    from memory_os.adapters.tokenizers import TiktokenCounter
     from memory_os.stores.bank import SegmentBank
     from memory_os.stores.items import SqliteItems
     from memory_os.stores.manifest import bank_folder
     from memory_os.stores.sqlite import SqliteStore
 
-    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    @cache  # read when the first text is stored
+    def tokens() -> TiktokenCounter:
+        return TiktokenCounter("cl100k_base")
+
+    store = SqliteStore(
+        file,
+        count_tokens=lambda text: tokens().count_text(text),
+        count_many=lambda texts: tokens().count_texts(texts),
+        redact=redact,
+    )
     try:
         index = VECTORS[vectors](store, chosen_embedder.fingerprint, file)
     except BaseException:

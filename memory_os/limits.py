@@ -76,7 +76,7 @@ def check_name(
         problem = f"the {what} must be a string, not {type(name).__name__}"
     elif len(name) > most:
         problem = f"the {what} has {len(name)} characters, and may have {most}; use a shorter one"
-    elif "\x00" in name or any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+    elif "\x00" in name or (not name.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in name)):
         problem = f"the {what} holds a NUL or a lone surrogate, which cannot be stored; remove it"
     if problem:
         raise InvalidInputError(problem, source=source, line=line)
@@ -142,6 +142,8 @@ def checked_segment(new: NewSegment, *, source: str | None = None, line: int | N
         raise InvalidInputError("the offset is two numbers of characters, the start first", **where)
     if new.created_at is not None and not isinstance(new.created_at, datetime):
         raise InvalidInputError("created_at is a datetime", **where)
+    if type(new.metadata) is dict and not new.metadata:
+        return new
     return replace(new, metadata=checked_metadata(new.metadata, **where))
 
 

@@ -170,6 +170,7 @@ class ExactIndex:
     def purge(self, namespace: Namespace) -> None:
         """As ``sync``; files of other embedders' vectors, which nothing keeps in step, are deleted."""
         with self._lock:
+            self._tables.pop(namespace, None)  # so that files which other processes wrote are looked at too
             table = self._synced(namespace)
             self._unlink(namespace, keep=[file.path.name for file in table.files])
 
@@ -200,6 +201,9 @@ class ExactIndex:
             _extend(table, found)
             if len(table.ids) >= RUN:
                 self._file(namespace, table)
+                epoch, _ = self._source.vector_epoch(namespace, self._fingerprint)
+                if table.epoch != epoch:  # something was forgotten while it was written
+                    table = self._weeded(namespace, epoch)
         self._make_room()
         return table
 

@@ -24,7 +24,7 @@ SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen b
 
 def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[str]]]) -> None:
     """Add entries, given as ``(segment's row, namespace's number, terms)``."""
-    rows = [(pk, " ".join(f"{ns}_{term}" for term in terms)) for pk, ns, terms in entries]
+    rows = [(pk, f"{ns}_" + f" {ns}_".join(terms) if terms else "") for pk, ns, terms in entries]
     if rows:
         connection.exec_driver_sql("INSERT INTO lexical(rowid, terms) VALUES (?, ?)", rows)
 

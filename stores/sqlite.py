@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,16 @@ from memory_os.stores import digest, forgetting, fulltext, manifest, residue, sc
 from memory_os.stores import items as item_rows
 from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_deep
 from memory_os.stores.database import Database
-from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
+from memory_os.stores.rows import (
+    SEGMENT_COLUMNS,
+    as_labels,
+    as_seq,
+    as_time,
+    insert_many,
+    parts,
+    to_row,
+    to_segment,
+)
 from memory_os.stores.schema import (
     SUMMARY_TASK,
     VECTOR_TASK,
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["SqliteStore"]
 
 SCAN_PAGE = 1000
+MANY = 256  # segments of one call
 OTHER_LENGTH = (
     "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
     "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
@@ -73,15 +84,24 @@ class SqliteStore:
 
     :param path: the file; its folder must exist.
     :param count_tokens: gives a text's length in cl100k_base tokens.
+    :param count_many: gives those of many texts, leaving the interpreter free meanwhile.
     :param redact: takes secrets out of all that is stored; names, which cannot be redacted, are refused.
     :raises StoreError: if the file cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        count_tokens: Callable[[str], int],
+        count_many: Callable[[Sequence[str]], list[int]] | None = None,
+        redact: Redact | None = None,
+    ) -> None:
         self.path = path
         self._redact = redact
         self._count_tokens = count_tokens
+        self._count_many = count_many
         self._ids: dict[Namespace, int] = {}
         self.database = Database(path)
 
@@ -97,7 +117,7 @@ class SqliteStore:
         if not new:
             return []
         new = [self._cleaned(item) for item in new]
-        prepared = [self._prepared(item) for item in new]
+        prepared = self._all_prepared(new)
         with self.database.write() as connection:
             if restore:
                 ns, _ = self._claim(connection, namespace)
@@ -143,6 +163,15 @@ class SqliteStore:
         """A new segment with its length and its terms, which take time and need no lock."""
         return item, self._count_tokens(item.text), terms_of(item.text)
 
+    def _all_prepared(self, new: Sequence[NewSegment]) -> list[tuple[NewSegment, int, list[str]]]:
+        """As ``_prepared``; of many the lengths are counted in a thread, as counting leaves the interpreter free."""
+        if self._count_many is None or len(new) < MANY:
+            return [self._prepared(item) for item in new]
+        with ThreadPoolExecutor(1) as pool:
+            counted = pool.submit(self._count_many, [item.text for item in new])
+            terms = [terms_of(item.text) for item in new]
+            return list(zip(new, counted.result(), terms, strict=True))
+
     def _insert(
         self, connection: sa.Connection, namespace: Namespace, prepared: Sequence[tuple[NewSegment, int, list[str]]]
     ) -> list[Segment]:
@@ -169,28 +198,29 @@ class SqliteStore:
                 speaker=item.speaker,
                 kind=item.kind,
                 text=item.text,
-                created_at=(item.created_at or now).astimezone(UTC),
+                created_at=item.created_at.astimezone(UTC) if item.created_at else now,
                 n_tokens=n_tokens,
                 source=item.source,
                 offset=item.offset,
                 metadata=dict(item.metadata),
                 key=item.key,
             )
-            keys.update(filter(None, [item.key]))
-            ids.update(filter(None, [item.id]))
+            if item.key:
+                keys.add(item.key)
+            if item.id:
+                ids.add(item.id)
             stored.append(segment)
             rows.append(to_row(segment, ns))
             lexical.append(terms)
             n_terms += len(terms)
         if not rows:
             return []
-        connection.execute(segments.insert(), rows)
+        insert_many(connection, segments, SEGMENT_COLUMNS, rows)
         first, last = self._pk_range(connection, ns, stored)
         pks = range(first, last + 1)
         fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
-        connection.execute(
-            pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
-        )
+        todo = select(segments.c.pk, sa.literal(VECTOR_TASK), sa.literal(ns)).where(segments.c.pk.between(first, last))
+        connection.execute(pending.insert().from_select(["segment_pk", "task", "namespace_id"], todo))
         connection.execute(
             namespaces.update()
             .where(namespaces.c.id == ns)
