@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import date
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from memory_os.lexical import K1, B, idf
 from memory_os.question import tells_time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from memory_os.protocols import Matrix, Profile, RecordStore, State, Vector
 
     Ints = NDArray[np.int64]
+
+T = TypeVar("T")
 
 __all__ = ["MAX_SEGMENTS", "Corpora", "Corpus"]
 
@@ -95,6 +98,7 @@ class Corpus:
         self._latest: dict[int, int] = {}  # the last row of each session
         self._postings: dict[str, array[int]] = {}  # a row as often as the term stands in it
         self._segments: dict[int, Segment | None] = {}
+        self._made: dict[str, tuple[int, Any]] = {}
         self._found: dict[tuple[str, int], tuple[Ints, Vector]] = {}  # what postings() gave for this question
         self._rows = Column(COLUMNS)
         self._tokens = Column("int8", width)
@@ -208,8 +212,7 @@ class Corpus:
         """BM25 of the first ``n`` rows, as a share of what a text of these terms alone could reach; in 0 to 1."""
         import numpy as np
 
-        lengths = self.rows["n_terms"][:n]
-        norm = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        norm = self._kept("norm", n, self._norm)
         scores, most = np.zeros(n, dtype=np.float32), 0.0
         for term in terms:
             rows, occurrences = self.postings(term, n)
@@ -218,6 +221,36 @@ class Corpus:
                 scores[rows] += weight * occurrences * (K1 + 1.0) / (occurrences + norm[rows])
                 most += weight * (K1 + 1.0)
         return scores / max(most, 1e-9)
+
+    def _norm(self, n: int) -> Vector:
+        lengths = self.rows["n_terms"][:n]
+        return K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+
+    def lengths(self, n: int) -> tuple[NDArray[np.float64], float]:
+        """Terms of each of the first ``n`` rows, with a zero behind them, and their mean."""
+        import numpy as np
+
+        def made(n: int) -> tuple[NDArray[np.float64], float]:
+            lengths = np.append(self.rows["n_terms"][:n], 0.0)
+            return lengths, float(lengths[:n].mean()) if n else 0.0
+
+        return self._kept("lengths", n, made)
+
+    def years(self, n: int) -> list[int]:
+        """The years in which the first ``n`` rows lie, rising."""
+        import numpy as np
+
+        def made(n: int) -> list[int]:
+            return sorted({date.fromordinal(int(day)).year for day in np.unique(self.rows["day"][:n])})
+
+        return self._kept("years", n, made)
+
+    def _kept(self, name: str, n: int, make: Callable[[int], T]) -> T:
+        """What was made of the first ``n`` rows when this was last asked for; rows never change but for ``after``."""
+        kept = self._made.get(name)
+        if kept is None or kept[0] != n:
+            kept = self._made[name] = (n, make(n))
+        return cast("T", kept[1])
 
     def token_vectors(self, rows: Ints) -> tuple[Matrix, Ints, Ints]:
         """``(unit vectors, starts, having)``: the token vectors of those ``rows[having]`` that have any, row by row."""

@@ -55,7 +55,7 @@ class _Table:
     rows: Ints | None = None  # with spare room at the end, as are the two below
     seqs: Ints | None = None
     matrix: Matrix | None = None
-    filed: dict[str, tuple[int, int]] | None = None  # (file, place) of the ids in the files, made when asked for
+    filed: dict[str, int] | None = None  # of the ids in the files, file (from 1) << 32 | place; made when asked for
 
     @property
     def base(self) -> int:
@@ -128,21 +128,20 @@ class ExactIndex:
             files, matrix = table.files, table.matrix
             if files and table.filed is None:
                 table.filed = {}
-                for number, file in enumerate(files):
+                for number, file in enumerate(files, start=1):
                     _enter(table.filed, number, file)
-            filed = table.filed or {}
-            at = [(-1, row) if (row := table.row_of.get(id_)) is not None else filed.get(id_) for id_ in ids]
-        number = np.array([-2 if place is None else place[0] for place in at], dtype=np.int64)
-        place = np.array([-1 if place is None else place[1] for place in at], dtype=np.int64)
-        having = np.flatnonzero(number > -2)
+            get, get_row = (table.filed or {}).get, table.row_of.get
+            at = np.array([get(id_) or get_row(id_, -1) for id_ in ids], dtype=np.int64)
+        having = np.flatnonzero(at >= 0)
         if not len(having):
             return cosines
         gathered = np.empty((len(having), len(vector)), dtype=np.float32)
-        number, place = number[having], place[having]
-        for each in np.unique(number):
-            source = matrix if each < 0 else files[each].vectors
-            if source is not None:
-                gathered[number == each] = source[place[number == each]]
+        numbers, places = at[having] >> 32, at[having] & 0xFFFFFFFF
+        for number in np.flatnonzero(np.bincount(numbers)).tolist():
+            here = np.flatnonzero(numbers == number)
+            source = files[number - 1].vectors if number else matrix
+            assert source is not None
+            gathered[here] = source[places[here]]
         cosines[having] = gathered @ vector
         return cosines
 
@@ -322,7 +321,7 @@ class ExactIndex:
             table.seqs[:n][kept].tolist(), table.matrix[:n][kept],
         )  # fmt: skip
         if table.filed is not None:
-            for number, file in enumerate(table.files):
+            for number, file in enumerate(table.files, start=1):
                 if file.after >= base:
                     _enter(table.filed, number, file)
         table.ids, table.row_of, table.rows, table.seqs, table.matrix = [], {}, None, None, None
@@ -393,12 +392,12 @@ def _one(place: int) -> Ints:
     return np.array([place], dtype=np.int64)
 
 
-def _enter(filed: dict[str, tuple[int, int]], number: int, file: VectorFile) -> None:
+def _enter(filed: dict[str, int], number: int, file: VectorFile) -> None:
     """Note where the ids of a file are."""
     import numpy as np
 
     places = np.flatnonzero(file.rows)
-    filed.update(zip(file.ids(places), ((number, place) for place in places.tolist()), strict=True))
+    filed.update(zip(file.ids(places), (places + (number << 32)).tolist(), strict=True))
 
 
 def _extend(table: _Table, found: VectorRows) -> None:

@@ -225,7 +225,9 @@ def _coded(vectors: Matrix) -> tuple[Matrix, NDArray[np.int8], Vector, Vector, f
     energy, directions = energy[::-1].clip(0), directions[:, ::-1]
     share = np.cumsum(energy) / max(float(energy.sum()), 1e-9)
     width = min(dimension, -(-(int(np.searchsorted(share, ENERGY)) + 1) // STEP) * STEP)
-    basis = np.ascontiguousarray(directions[:, :width], dtype=np.float32)
+    # turned at random, so that no number of a code is much larger than the others and int8 loses least
+    turned, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((width, width)))
+    basis = np.ascontiguousarray(directions[:, :width] @ turned, dtype=np.float32)
     along = vectors @ basis
     scales = (np.abs(along).max(axis=1, initial=0.0) / 127.0).astype(np.float32)
     codes = np.rint(along / np.maximum(scales, 1e-12)[:, None]).astype(np.int8)
