@@ -7,7 +7,7 @@ read anew. So recall computes its signals by array operations and asks the datab
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from datetime import date
 from threading import RLock
@@ -144,11 +144,7 @@ class Corpus:
                 (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
                  profile.asks, profile.replies, tells_time(profile.terms), False, 0, 0)
             )  # fmt: skip
-            for term in profile.terms:
-                rows = self._postings.get(term)
-                if rows is None:
-                    rows = self._postings[term] = array("I")
-                rows.append(row)
+        self._post(profiles, n)
         self._rows.extend(np.array(records, dtype=COLUMNS))
         for earlier, later in followed:
             self.rows["after"][earlier] = later
@@ -159,6 +155,23 @@ class Corpus:
             if profile.repeats and all(self.row_of.get(id_, row) < row for id_ in profile.repeats):
                 self.rows["echo"][row] = True
                 self.n_echoes += 1
+
+    def _post(self, profiles: Sequence[Profile], n: int) -> None:
+        """Enter the terms of new rows, the first of which is row ``n``."""
+        import numpy as np
+
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__  # a term's number is how many there were before it
+        of_terms = np.array(
+            [number for profile in profiles for number in map(numbers.__getitem__, profile.terms)], dtype=np.int64
+        )
+        rows = np.repeat(np.arange(n, n + len(profiles), dtype=np.uintc), [len(profile.terms) for profile in profiles])
+        rows = rows[np.argsort(of_terms, kind="stable")]
+        ends = np.cumsum(np.bincount(of_terms, minlength=len(numbers))).tolist()
+        start = 0
+        for term, end in zip(numbers, ends, strict=True):
+            self._postings.setdefault(term, array("I")).frombytes(rows[start:end].tobytes())
+            start = end
 
     def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
         import numpy as np

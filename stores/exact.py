@@ -89,6 +89,8 @@ class ExactIndex:
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` among segments with ``seq <= upto``."""
+        import numpy as np
+
         with self._lock:
             table = self._synced(namespace)
             files, ids, n = table.files, table.ids, len(table.ids)
@@ -99,7 +101,9 @@ class ExactIndex:
         best = _Best(k)
         if matrix is not None and seqs is not None and n:
             self._check_length(matrix.shape[1], vector)
-            best.add(-1, *_near(matrix, seqs, vector, k, upto), seqs)
+            # beside files rows are compared as they are there, so that equal ones stay equal
+            scores = np.einsum("ij,j->i", matrix, vector) if files else matrix @ vector
+            best.add(-1, *_near(scores, seqs, k, upto), seqs)
         for number, file in enumerate(files):
             self._check_length(file.vectors.shape[1], vector)
             best.add(number, *file.near(vector, k, best.floor, upto), file.seqs)
@@ -373,12 +377,11 @@ class _Best:
         return [(int(number), int(place), float(cosine)) for cosine, _, number, place in self._found[order].tolist()]
 
 
-def _near(matrix: Matrix, seqs: Ints, vector: Vector, k: int, upto: int | None) -> tuple[Ints, Vector]:
+def _near(scores: Vector, seqs: Ints, k: int, upto: int | None) -> tuple[Ints, Vector]:
     """``(places, cosines)`` of the ``k`` best rows of a matrix, and of every row that ties with the last of them."""
     import numpy as np
 
-    n = len(matrix)
-    scores = matrix @ vector
+    n = len(scores)
     if upto is not None and upto < seqs.max():
         scores = np.where(seqs <= upto, scores, -np.inf)
     kth = np.partition(scores, n - k)[n - k] if k < n else -np.inf

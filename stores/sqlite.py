@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -529,7 +530,7 @@ class SqliteStore:
                 seq=seq,
                 session=session,
                 who=by,
-                day=date.fromisoformat(created_at[:10]).toordinal(),
+                day=_day(created_at[:10]),
                 n_tokens=n_tokens,
                 asks=bool(ends),
                 replies=bool(replies),
@@ -769,6 +770,11 @@ class SqliteStore:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+@lru_cache(maxsize=4096)
+def _day(text: str) -> int:
+    return date.fromisoformat(text).toordinal()
 
 
 def _names(new: Iterable[NewSegment]) -> tombstones.Names:
