@@ -42,9 +42,13 @@ class Data:
 
     @cached_property
     def words(self) -> list[str]:
-        """The vocabulary, the commonest word first: the stop words of English, then words of one to three syllables."""
+        """The vocabulary, the commonest first: the stop words of English, then words of one to three syllables."""
         n = len(SYLLABLES)
-        made = ["".join(SYLLABLES[rank // n**place % n] for place in range(size)) for size in (1, 2, 3) for rank in range(n**size)]
+        made = [
+            "".join(SYLLABLES[rank // n**place % n] for place in range(size))
+            for size in (1, 2, 3)
+            for rank in range(n**size)
+        ]
         return [*sorted(STOP_WORDS), *(word for word in made if word not in STOP_WORDS)][:N_WORDS]
 
     @cached_property

@@ -6,6 +6,7 @@ A peer's packages are imported when it is opened; none of them is a dependency.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -180,16 +181,21 @@ class Sqlite(InMemory):
 
     def open(self) -> None:
         """Open the database."""
+        import sqlite3
+
         from langgraph.store.sqlite import SqliteStore
 
-        self._opened = SqliteStore.from_conn_string(str(self.folder / "store.db"), index=_index(self.encoder))
-        self._store = self._opened.__enter__()
+        # a Python whose sqlite3 cannot load sqlite-vec: the same from the package pysqlite3-binary
+        own = hasattr(sqlite3.Connection, "enable_load_extension")
+        driver: Any = sqlite3 if own else importlib.import_module("pysqlite3")
+        self._connection = driver.connect(str(self.folder / "store.db"), check_same_thread=False, isolation_level=None)
+        self._store = SqliteStore(self._connection, index=_index(self.encoder))
         self._store.setup()
         self._n = 0
 
     def close(self) -> None:
         """Close the database."""
-        self._opened.__exit__(None, None, None)
+        self._connection.close()
 
 
 class Mem0(System):
@@ -242,7 +248,9 @@ class _Lists:
         self._encoder = encoder
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        found: list[list[float]] = self._encoder.embed_documents(texts).tolist()
+        # LangGraph's SqliteStore embeds the JSON of the whole value, whatever the fields
+        plain = [json.loads(text)["text"] if text.startswith('{"text"') else text for text in texts]
+        found: list[list[float]] = self._encoder.embed_documents(plain).tolist()
         return found
 
     def embed_query(self, text: str) -> list[float]:

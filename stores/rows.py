@@ -46,7 +46,9 @@ def _utc(time: datetime) -> str:
     return as_time(time)
 
 
-def insert_many(connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: list[tuple[Any, ...]]) -> None:
+def insert_many(
+    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: list[tuple[Any, ...]]
+) -> None:
     """Insert rows by the driver alone: for thousands SQLAlchemy takes longer than the database.
 
     :param rows: in the order of the columns, each value as it stands in the file: JSON as text.

@@ -294,7 +294,7 @@ def test_real_dialogues_are_read(shared_data):
         assert sum(len(conversation.questions) for conversation in conversations) + left_out == n
 
 
-@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "speed", "xl3m"])
+@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "scale", "speed", "xl3m"])
 def test_every_benchmark_has_help_with_an_example_and_json(memos, name):
     code, out, _ = memos("bench", name, "--help")
     assert code == 0
