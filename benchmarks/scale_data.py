@@ -7,7 +7,7 @@ to that of a stored segment, and its words are some of that segment's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING
 from memory_os.lexical import STOP_WORDS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from memory_os.protocols import Matrix, Vector
 
 __all__ = ["BLOCK", "DIMENSION", "Data", "LookUp", "energy"]
@@ -105,7 +102,8 @@ class Data:
         import numpy as np
 
         rng = np.random.default_rng([self.seed, 3, among, start])
-        asked, rows = [], []
+        asked: list[str] = []
+        rows: list[Vector] = []
         for number in sorted(rng.integers(start, start + among, n).tolist()):
             texts, vectors = self.block(number // BLOCK)
             words = texts[number % BLOCK].split()
@@ -136,7 +134,7 @@ class LookUp:
         for text in texts:
             self._known.pop(text, None)
 
-    def embed_documents(self, texts: list[str]) -> Matrix:
+    def embed_documents(self, texts: Sequence[str]) -> Matrix:
         """Their vectors, ``[len(texts), dimension]``."""
         import numpy as np
 
@@ -151,6 +149,6 @@ def energy(vectors: Matrix) -> dict[int, float]:
     """What share of the squared length so many principal directions keep."""
     import numpy as np
 
-    values: NDArray[np.float64] = np.linalg.eigvalsh(vectors.T.astype(np.float64) @ vectors)[::-1]
+    values = np.linalg.eigvalsh(vectors.T.astype(np.float64) @ vectors)[::-1]
     share = np.cumsum(values) / values.sum()
     return {n: round(float(share[n - 1]), 3) for n in (32, 64, 128, 256)}

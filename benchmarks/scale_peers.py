@@ -117,10 +117,8 @@ class Chroma(System):
         self._stores: dict[str, Any] = {}
 
     def _store(self, name: str) -> Any:
-        from langchain_chroma import Chroma as LangChainChroma
-
         if name not in self._stores:
-            self._stores[name] = LangChainChroma(
+            self._stores[name] = importlib.import_module("langchain_chroma").Chroma(
                 f"collection-{name}", embedding_function=_Lists(self.encoder), client_settings=self._settings,
                 persist_directory=str(self.folder), collection_metadata={"hnsw:space": "cosine"},
             )  # fmt: skip
@@ -146,7 +144,7 @@ class InMemory(System):
 
     persistent = False
     package = "langgraph"
-    modules = ("langgraph.store.memory",)
+    modules: ClassVar[tuple[str, ...]] = ("langgraph.store.memory",)
 
     def open(self) -> None:
         """An empty store."""
@@ -209,8 +207,6 @@ class Mem0(System):
         os.environ["MEM0_TELEMETRY"] = "False"
         os.environ["MEM0_DIR"] = str(self.folder / "mem0")
         os.environ.setdefault("OPENAI_API_KEY", "no-llm-takes-part")
-        from mem0 import Memory
-
         config = {
             "vector_store": {
                 "provider": "qdrant",
@@ -222,7 +218,7 @@ class Mem0(System):
             "embedder": {"provider": "langchain", "config": {"model": _embeddings(self.encoder)}},
             "history_db_path": str(self.folder / "history.db"),
         }  # fmt: skip
-        self._memory: Any = Memory.from_config(config)
+        self._memory: Any = importlib.import_module("mem0").Memory.from_config(config)
 
     def add(self, name: str, texts: list[str], vectors: Matrix) -> dict[str, float]:
         """``add`` of the texts as messages of one call."""

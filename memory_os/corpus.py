@@ -237,7 +237,8 @@ class Corpus:
 
     def _norm(self, n: int) -> Vector:
         lengths = self.rows["n_terms"][:n]
-        return K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        norm: Vector = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        return norm
 
     def lengths(self, n: int) -> tuple[NDArray[np.float64], float]:
         """Terms of each of the first ``n`` rows, with a zero behind them, and their mean."""

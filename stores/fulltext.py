@@ -109,7 +109,7 @@ def _fetched(connection: sa.Connection, query: str, values: tuple[Any, ...]) -> 
     """Straight from the driver, as thousands of result objects take time."""
     cursor = connection.connection.cursor()
     cursor.execute(query, values)
-    found: list[tuple[Any, ...]] = cursor.fetchall()
+    found = list(cursor.fetchall())
     cursor.close()
     return found
 

@@ -119,7 +119,7 @@ class VectorFile:
         n, dimension = found.vectors.shape
         basis, codes, scales, tails, rest = _coded(found.vectors)
         ids = np.array([id_.encode() for id_ in found.ids] or [b"-"], dtype=np.bytes_)[:n]
-        columns = {
+        columns: dict[str, NDArray[Any]] = {
             "basis": basis, "codes": codes, "scales": scales, "tails": tails,
             "rows": found.rows.astype("<i8"), "seqs": np.asarray(found.seqs, dtype="<i8"),
             "ids": ids, "vectors": found.vectors.astype("<f4", copy=False).reshape(n, dimension),
