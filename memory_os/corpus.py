@@ -237,7 +237,7 @@ class Corpus:
 
     def _norm(self, n: int) -> Vector:
         lengths = self.rows["n_terms"][:n]
-        norm: Vector = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        norm: NDArray[Any] = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
         return norm
 
     def lengths(self, n: int) -> tuple[NDArray[np.float64], float]:
