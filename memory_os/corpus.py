@@ -32,6 +32,8 @@ __all__ = ["MAX_SEGMENTS", "Corpora", "Corpus"]
 MAX_SEGMENTS = 300_000
 """Namespaces of more segments are not kept in memory (about 2 KB a segment); recall then fuses ranks only."""
 MAX_NAMESPACES = 64
+MAX_ROWS = 400_000
+"""So many segments of all namespaces together: under a gigabyte. The namespace in use is kept whatever its size."""
 MAX_SEGMENTS_HELD = 20_000
 
 
@@ -295,6 +297,7 @@ class Corpora:
             corpus = self._held[key] = Corpus(state.epoch, width)
         self._held.move_to_end(key)
         corpus.catch_up(store, namespace, fingerprint, state)
-        while len(self._held) > MAX_NAMESPACES:
-            self._held.popitem(last=False)
+        n_rows = sum(len(each.ids) for each in self._held.values())
+        while len(self._held) > 1 and (len(self._held) > MAX_NAMESPACES or n_rows > MAX_ROWS):
+            n_rows -= len(self._held.popitem(last=False)[1].ids)
         return corpus
