@@ -230,19 +230,13 @@ class ExactIndex:
         files = list((table or self._tables[namespace]).files)
         if files:
             there = self._source.vector_rows(namespace, self._fingerprint)
-            try:
-                with self._owned(namespace, PATIENCE_S):
-                    for file in files:
-                        dead = (file.rows > 0) & ~np.isin(file.rows, there)
-                        if file.epoch != epoch or dead.any():
-                            file.bury(dead, epoch)
-            except OSError as error:
-                raise StoreError(
-                    f"{self._place(namespace)} holds vectors of what is gone and cannot be written "
-                    f"({error.strerror or error}); let it be written, or delete the folder"
-                ) from error
-            while files and not files[-1].rows.any():
-                files.pop().path.unlink(missing_ok=True)
+            with self._writable(namespace), self._owned(namespace, PATIENCE_S):
+                for file in files:
+                    dead = (file.rows > 0) & ~np.isin(file.rows, there)
+                    if file.epoch != epoch or dead.any():
+                        file.bury(dead, epoch)
+                while files and not files[-1].rows.any():
+                    files.pop().path.unlink(missing_ok=True)
         last_seq = max((file.last_seq for file in files), default=0)
         fresh = _Table(epoch, tuple(files), last=files[-1].last if files else 0, last_seq=last_seq)
         self._tables[namespace] = fresh
@@ -334,10 +328,20 @@ class ExactIndex:
     def _unlink(self, namespace: Namespace, keep: Sequence[str]) -> None:
         if self._folder is None or not self._place(namespace).is_dir():
             return
-        with self._owned(namespace, PATIENCE_S):
+        with self._writable(namespace), self._owned(namespace, PATIENCE_S):
             for path in self._place(namespace).glob("*.vectors*"):
                 if path.name not in keep:
                     path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writable(self, namespace: Namespace) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self._place(namespace)} holds vectors of what is gone and cannot be written "
+                f"({error.strerror or error}); let it be written, or delete the folder"
+            ) from error
 
 
 class _Best:

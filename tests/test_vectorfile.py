@@ -83,6 +83,19 @@ def test_the_search_of_a_file_misses_nothing(tmp_path_factory, seed, shape, k, d
     assert np.array_equal(near, cosines[places])
 
 
+def test_a_row_that_is_near_by_what_its_code_leaves_out_is_found(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = unit(np.hstack([rng.standard_normal((300, 32)), 0.2 * rng.standard_normal((300, 64))]))
+    found = VectorRows(np.arange(1, 301), [f"id{i}" for i in range(300)], list(range(1, 301)), rows)
+    file = VectorFile.write(tmp_path / "a.vectors", found, after=0, epoch=0)
+    assert file._codes.shape == (300, 32)
+    for j in range(0, 300, 20):
+        query = np.concatenate([0.02 * rows[j - 1, :32], rows[j, 32:]])
+        query = unit(query[None])[0]
+        places, cosines = file.near(query, 1, -np.inf, None)
+        assert places[np.argmax(cosines)] == np.argmax(rows @ query) == j
+
+
 @pytest.mark.parametrize("shape", ["clusters", "noise", "copies"])
 @pytest.mark.parametrize("upto", [None, 100, 210])
 def test_with_files_and_without_them_the_answer_is_the_same(store, folder, shape, upto):
