@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -96,8 +97,9 @@ def _longmem_free(options: Mapping[str, Any]) -> Controller:
 
 def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
+    from memory_os.stores.vectorfile import folder_of
 
-    return ExactIndex(store, fingerprint=fingerprint)
+    return ExactIndex(store, fingerprint=fingerprint, folder=folder_of(path))
 
 
 def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
@@ -176,13 +178,22 @@ def build_parts(
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
 
-    from memory_os.adapters.tokenizers import counter_for
+    from memory_os.adapters.tokenizers import TiktokenCounter
     from memory_os.stores.bank import SegmentBank
     from memory_os.stores.items import SqliteItems
     from memory_os.stores.manifest import bank_folder
     from memory_os.stores.sqlite import SqliteStore
 
-    store = SqliteStore(file, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
+    @cache  # read when the first text is stored
+    def tokens() -> TiktokenCounter:
+        return TiktokenCounter("cl100k_base")
+
+    store = SqliteStore(
+        file,
+        count_tokens=lambda text: tokens().count_text(text),
+        count_many=lambda texts: tokens().count_texts(texts),
+        redact=redact,
+    )
     try:
         make_index = VECTORS.get(vectors)
         index = (

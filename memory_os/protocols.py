@@ -71,6 +71,7 @@ __all__ = [
     "TokenEmbedder",
     "TokenQuery",
     "VectorIndex",
+    "VectorRows",
     "VectorSource",
 ]
 
@@ -329,6 +330,20 @@ class TokenEmbedder(Protocol):
         """Whether the model knows the script of the text; what it makes of one that it does not know is noise."""
 
 
+class VectorRows(NamedTuple):
+    """Rows of vectors, in the order in which they were added.
+
+    :param rows: their numbers, rising, and never given twice.
+    :param ids: of their segments, as ``seqs``.
+    :param vectors: ``[n, dimension]``.
+    """
+
+    rows: NDArray[np.int64]
+    ids: list[str]
+    seqs: list[int]
+    vectors: Matrix
+
+
 class VectorSource(Protocol):
     """Where a vector index reads the rows that it is a projection of."""
 
@@ -354,6 +369,12 @@ class VectorSource(Protocol):
         self, namespace: Namespace, fingerprint: str, ids: Sequence[str]
     ) -> tuple[list[str], list[int], Matrix]:
         """``(segment ids, seqs, vectors)`` of the rows of these segments, of those that have one, in no order."""
+
+    def read_vector_rows(self, namespace: Namespace, fingerprint: str, after: int, limit: int) -> VectorRows:
+        """The first ``limit`` rows after row ``after``, with their numbers."""
+
+    def vector_rows(self, namespace: Namespace, fingerprint: str) -> NDArray[np.int64]:
+        """The numbers of all rows that there are, rising."""
 
 
 class VectorIndex(Protocol):

@@ -14,7 +14,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from memory_os import signals as s
@@ -162,8 +162,7 @@ class Recall:
             n = corpus.visible(upto)
             if not n:
                 return None
-            years = sorted({date.fromordinal(int(day)).year for day in np.unique(corpus.rows["day"][:n])})
-            question = read_question(query, corpus.speakers, years, (now or datetime.now(UTC)).date())
+            question = read_question(query, corpus.speakers, corpus.years(n), (now or datetime.now(UTC)).date())
             lexical = corpus.bm25(question.terms, n)
             rows = self._candidates(corpus, n, [id_ for id_, _ in found], lexical, k)
             ids = [corpus.ids[row] for row in rows]

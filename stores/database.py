@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from memory_os.errors import SchemaError, StoreError
-from memory_os.stores import chroma, files, scrub
+from memory_os.stores import chroma, files, scrub, vectorfile
 from memory_os.stores.backup import back_up
 from memory_os.stores.schema import HEAD
 
@@ -177,16 +177,27 @@ class Database:
         *,
         patience_s: float = scrub.PATIENCE_S,
     ) -> bool:
-        """Leave nothing in the files of what was deleted; what cannot be done now is done at close or at the next open.
+        """Leave nothing in the files of what was deleted, files of vectors included.
+
+        What cannot be done now is done at close or at the next open.
 
         :param gone: as in ``scrub.scrub``.
         :param index_purged: that a Chroma index beside the database holds nothing of it either; otherwise the index,
             which is rebuilt when it is next used, is deleted.
         """
         index_purged = index_purged or chroma.discard(chroma.folder_of(self.path))
-        clean = scrub.scrub(self.engine, self.path, gone, mark if index_purged else None, patience_s)
-        self._unclean = not (clean and index_purged)
+        derived = vectorfile.weed(vectorfile.folder_of(self.path), self._vector_rows, patience_s) and index_purged
+        clean = scrub.scrub(self.engine, self.path, gone, mark if derived else None, patience_s)
+        self._unclean = not (clean and derived)
         return not self._unclean
+
+    def _vector_rows(self) -> vectorfile.Rows:
+        import numpy as np
+
+        with self.read() as connection:
+            last = connection.exec_driver_sql("SELECT seq FROM sqlite_sequence WHERE name = 'vectors'").scalar()
+            rows = connection.exec_driver_sql("SELECT pk FROM vectors").scalars()
+            return vectorfile.Rows(np.fromiter(rows, dtype=np.int64), last or 0)
 
     def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
         """Do what earlier deletions could not; whether nothing is left to be done."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +24,22 @@ from sqlalchemy import func, select
 from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
-from memory_os.protocols import Deleted, Profile, State
+from memory_os.protocols import Deleted, Profile, State, VectorRows
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
 from memory_os.stores import digest, forgetting, fulltext, manifest, residue, scrub, tombstones
 from memory_os.stores import items as item_rows
 from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_deep
 from memory_os.stores.database import Database
-from memory_os.stores.rows import as_labels, as_seq, as_time, parts, to_row, to_segment
+from memory_os.stores.rows import (
+    SEGMENT_COLUMNS,
+    as_labels,
+    as_seq,
+    as_time,
+    insert_many,
+    parts,
+    to_row,
+    to_segment,
+)
 from memory_os.stores.schema import (
     SUMMARY_TASK,
     VECTOR_TASK,
@@ -46,11 +57,15 @@ from memory_os.trace import part_in, trace_from_dict, trace_to_dict, without_tex
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from memory_os.protocols import Matrix
 
 __all__ = ["SqliteStore"]
 
 SCAN_PAGE = 1000
+MANY = 256  # segments of one call
 OTHER_LENGTH = (
     "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
     "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
@@ -74,15 +89,24 @@ class SqliteStore:
 
     :param path: the file; its folder must exist.
     :param count_tokens: gives a text's length in cl100k_base tokens.
+    :param count_many: gives those of many texts, leaving the interpreter free meanwhile.
     :param redact: takes secrets out of all that is stored; names, which cannot be redacted, are refused.
     :raises StoreError: if the file cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        count_tokens: Callable[[str], int],
+        count_many: Callable[[Sequence[str]], list[int]] | None = None,
+        redact: Redact | None = None,
+    ) -> None:
         self.path = path
         self._redact = redact
         self._count_tokens = count_tokens
+        self._count_many = count_many
         self._ids: dict[Namespace, int] = {}
         self.database = Database(path)
 
@@ -98,7 +122,7 @@ class SqliteStore:
         if not new:
             return []
         new = [self._cleaned(item) for item in new]
-        prepared = [self._prepared(item) for item in new]
+        prepared = self._all_prepared(new)
         with self.database.write() as connection:
             if restore:
                 ns, _ = self._claim(connection, namespace)
@@ -143,6 +167,15 @@ class SqliteStore:
         """A new segment with its length and its terms, which take time and need no lock."""
         return item, self._count_tokens(item.text), terms_of(item.text)
 
+    def _all_prepared(self, new: Sequence[NewSegment]) -> list[tuple[NewSegment, int, list[str]]]:
+        """As ``_prepared``; of many the lengths are counted in a thread, as counting leaves the interpreter free."""
+        if self._count_many is None or len(new) < MANY:
+            return [self._prepared(item) for item in new]
+        with ThreadPoolExecutor(1) as pool:
+            counted = pool.submit(self._count_many, [item.text for item in new])
+            terms = [terms_of(item.text) for item in new]
+            return list(zip(new, counted.result(), terms, strict=True))
+
     def _insert(
         self,
         connection: sa.Connection,
@@ -172,28 +205,29 @@ class SqliteStore:
                 speaker=item.speaker,
                 kind=item.kind,
                 text=item.text,
-                created_at=(item.created_at or now).astimezone(UTC),
+                created_at=item.created_at.astimezone(UTC) if item.created_at else now,
                 n_tokens=n_tokens,
                 source=item.source,
                 offset=item.offset,
                 metadata=dict(item.metadata),
                 key=item.key,
             )
-            keys.update(filter(None, [item.key]))
-            ids.update(filter(None, [item.id]))
+            if item.key:
+                keys.add(item.key)
+            if item.id:
+                ids.add(item.id)
             stored.append(segment)
             rows.append(to_row(segment, ns))
             lexical.append(terms)
             n_terms += len(terms)
         if not rows:
             return []
-        connection.execute(segments.insert(), rows)
+        insert_many(connection, segments, SEGMENT_COLUMNS, rows)
         first, last = self._pk_range(connection, ns, stored)
         pks = range(first, last + 1)
         fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
-        connection.execute(
-            pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
-        )
+        todo = select(segments.c.pk, sa.literal(VECTOR_TASK), sa.literal(ns)).where(segments.c.pk.between(first, last))
+        connection.execute(pending.insert().from_select(["segment_pk", "task", "namespace_id"], todo))
         connection.execute(
             namespaces.update()
             .where(namespaces.c.id == ns)
@@ -376,7 +410,7 @@ class SqliteStore:
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.
 
-        Of the database, its log and its copies, the bank, and the Chroma index.
+        Of the database, its log and its copies, the bank, the files of vectors, and the Chroma index.
         """
         return residue.files_with(self.path, texts)
 
@@ -436,25 +470,46 @@ class SqliteStore:
         self, namespace: Namespace, fingerprint: str, after: int = 0
     ) -> tuple[list[str], list[int], Matrix, int]:
         """The rows added after row ``after``, in the order in which they were added."""
+        rows, ids, seqs, matrix = self.read_vector_rows(namespace, fingerprint, after, -1)
+        return ids, seqs, matrix, int(rows[-1]) if ids else after
+
+    def read_vector_rows(self, namespace: Namespace, fingerprint: str, after: int, limit: int) -> VectorRows:
+        """The first rows after row ``after``, with their numbers.
+
+        :param limit: most of them; -1 for all.
+        """
+        import numpy as np
+
+        query = (
+            select(vectors.c.pk, segments.c.id, segments.c.seq, vectors.c.vector)
+            .join(segments, segments.c.pk == vectors.c.segment_pk)
+            .where(
+                vectors.c.namespace_id == sa.bindparam("ns"),
+                vectors.c.fingerprint == fingerprint,
+                vectors.c.pk > after,
+            )
+            .order_by(vectors.c.pk)
+        )
+        if limit >= 0:
+            query = query.limit(limit)
+        with self.database.read() as connection:
+            found = connection.execute(query, {"ns": self._namespace_id(connection, namespace)}).all()
+        if not found:
+            return VectorRows(np.empty(0, dtype=np.int64), [], [], np.empty((0, 0), dtype=np.float32))
+        pks, ids, seqs, blobs = zip(*found, strict=True)
+        if len(set(map(len, blobs))) > 1:
+            raise ConfigError(OTHER_LENGTH.format(fingerprint))
+        matrix = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(found), -1).astype(np.float32, copy=False)
+        return VectorRows(np.array(pks, dtype=np.int64), list(ids), list(seqs), matrix)
+
+    def vector_rows(self, namespace: Namespace, fingerprint: str) -> NDArray[np.int64]:
+        """The numbers of all rows that there are, rising: from the index alone, half a second for a million."""
         import numpy as np
 
         with self.database.read() as connection:
-            rows = connection.execute(
-                select(vectors.c.pk, segments.c.id, segments.c.seq, vectors.c.vector)
-                .join(segments, segments.c.pk == vectors.c.segment_pk)
-                .where(
-                    vectors.c.namespace_id == self._namespace_id(connection, namespace),
-                    vectors.c.fingerprint == fingerprint,
-                    vectors.c.pk > after,
-                )
-                .order_by(vectors.c.pk)
-            ).all()
-        if not rows:
-            return [], [], np.empty((0, 0), dtype=np.float32), after
-        if len({len(row.vector) for row in rows}) > 1:
-            raise ConfigError(OTHER_LENGTH.format(fingerprint))
-        matrix = np.frombuffer(b"".join(row.vector for row in rows), dtype="<f4").reshape(len(rows), -1)
-        return [row.id for row in rows], [row.seq for row in rows], matrix.astype(np.float32, copy=False), rows[-1].pk
+            mine = vectors.c.namespace_id == self._namespace_id(connection, namespace)
+            query = select(vectors.c.pk).where(mine, vectors.c.fingerprint == fingerprint).order_by(vectors.c.pk)
+            return np.fromiter(connection.execute(query).scalars(), dtype=np.int64)
 
     def count_vectors(self, namespace: Namespace, fingerprint: str) -> int:
         """How many rows ``read_vectors`` gives."""
@@ -540,7 +595,7 @@ class SqliteStore:
                 seq=seq,
                 session=session,
                 who=by,
-                day=date.fromisoformat(created_at[:10]).toordinal(),
+                day=_day(created_at[:10]),
                 n_tokens=n_tokens,
                 asks=bool(ends),
                 replies=bool(replies),
@@ -796,6 +851,11 @@ class SqliteStore:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+@lru_cache(maxsize=4096)
+def _day(text: str) -> int:
+    return date.fromisoformat(text).toordinal()
 
 
 def _names(new: Iterable[NewSegment]) -> tombstones.Names:
