@@ -176,7 +176,7 @@ class Remembering:
             end -= 1
         replies = [n for n, message in enumerate(messages[:end]) if role_of(message) == "assistant"]
         new = self._new(messages[replies[-1] + 1 if replies else 0 : end], scope)
-        last = scope.history(len(new))
+        last = scope.history(len(new)) if new else []
         again = bool(new) and [(s.role, s.text) for s in last] == [(item.role, item.text) for _, item in new]
         stored = last if again else self._store(scope, new)
         asked = next((segment for segment in reversed(stored) if segment.role == "user"), None)

@@ -103,7 +103,7 @@ class Parts:
     llm: LLM | None
     options: Options = field(default_factory=Options)
     corpora: Corpora = field(default_factory=Corpora)
-    prices: dict[bytes, int] = field(default_factory=dict, repr=False)
+    prices: dict[tuple[str, str, int, int], int] = field(default_factory=dict, repr=False)
     backlog: Backlog | None = None
     vectors: VectorBacklog | None = None
     bank: Bank | None = None
@@ -121,17 +121,17 @@ class Parts:
             self.retention.keep(self, always=always)
 
     def price_of(self, segment: Segment) -> int:
-        """Tokens of the segment's line in the context. What was counted is kept by the line.
+        """Tokens of the segment's line in the context. What was counted is kept by what the line says.
 
         Not by the id: another namespace may have the same, and what is restored under it may be another text.
         """
-        line = render_line(segment) + "\n"
-        key = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        price = self.prices.get(key)
+        # a text is hashed once, by a key of this process, and not kept
+        says = (segment.who, segment.role, len(segment.text), hash(segment.text))
+        price = self.prices.get(says)
         if price is None:
             if len(self.prices) > MAX_PRICES:
                 self.prices.clear()
-            price = self.prices[key] = self.counter.count_text(line)
+            price = self.prices[says] = self.counter.count_text(render_line(segment) + "\n")
         return price
 
     def catch_up(self, namespace: Namespace, new: Sequence[Segment] = (), *, most: int = INLINE_PENDING) -> None:

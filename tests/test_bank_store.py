@@ -90,7 +90,6 @@ def test_float16_gives_back_what_went_in_also_after_closing(store):
     bank = bank_of(store)
     assert bank.put(ALICE, "f", given_in, LAYER) == []
     bank.close()
-    store.close()
     reopened = SqliteStore(store.path, count_tokens=len)
     for again in (bank, bank_of(reopened)):
         found = again.get(ALICE, "f", [b, a])
@@ -98,6 +97,7 @@ def test_float16_gives_back_what_went_in_also_after_closing(store):
         assert all(same(found[id_], given_in[id_]) for id_ in given_in)
         assert found[a].keys.dtype == found[a].values.dtype == torch.float16
         assert again.entries(ALICE, "f") == {a: 6, b: 9}
+        again.close()
     reopened.close()
 
 

@@ -576,7 +576,7 @@ WRONG = ([[1.0, float("nan")]], [[1.0, 2.0]] * 2, [], [[]], [None], [["x", "y"]]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_no_vector_is_refused(tmp_path, wrong):
+def test_what_is_no_vector_is_refused(tmp_path, wrong, caplog):
     class Wrong(Embeddings):
         def embed_documents(self, texts):
             return wrong
@@ -587,8 +587,10 @@ def test_what_is_no_vector_is_refused(tmp_path, wrong):
     with pytest.raises(InvalidInputError, match="gave no"):
         LangChainEmbedder(Wrong()).embed_documents(["a"])
     with Memory.open(tmp_path / "memory.db", embedder=Wrong()) as memory:
+        memory.namespace(*ALICE).add("a")
+        assert "gave no" in caplog.text
         with pytest.raises(InvalidInputError, match="gave no"):
-            memory.namespace(*ALICE).add("a")
+            memory.namespace(*ALICE).nearest("a")
         assert [s.text for s in memory.namespace(*ALICE).history(9)] == ["a"]  # stored; its vector is pending
 
 

@@ -129,7 +129,9 @@ def test_tail_and_scan_follow_session_and_bounds(store, monkeypatch):
 def test_delete_takes_everything_derived_with_it_and_leaves_the_rest(store):
     kept, gone = store.append(ALICE, turns("keep the boat", "drop the kite"))
     store.put_vectors(ALICE, "f", [kept.id, gone.id], np.eye(2, 4, dtype=np.float32))
-    counts = store.delete({ALICE: [gone.id]}).counts
+    deleted = store.delete({ALICE: [gone.id]})
+    assert store.scrub(deleted, index_purged=True)
+    counts = deleted.counts
     assert counts == {
         "segments": 1, "vectors": 1, "lexical": 1, "summaries": 0, "pending": 0, "scores": 0, "bank": 0, "traces": 0,
         "traces_blanked": 0, "tombstones": 1, "items": 0,
@@ -263,7 +265,7 @@ def test_a_full_disk_changes_nothing(store):
     store.append(ALICE, turns("before"))
     with store.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-    store.close()
+    store.database.engine.dispose()
 
     def no_room(connection, _):
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
