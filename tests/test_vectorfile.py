@@ -226,6 +226,27 @@ def test_what_is_forgotten_while_a_file_is_about_to_be_written_is_not_in_it(stor
     assert files(folder) == []
 
 
+def test_a_file_of_rows_that_were_added_meanwhile_is_not_taken_for_one_of_rows_that_are_gone(
+    store, folder, monkeypatch
+):
+    ids = add(store, vectors(25, 1, 32))
+    rows, more = vectors(26, RUN, 32), []
+    ExactIndex(store, fingerprint=F, folder=folder)._place(A).mkdir(parents=True)
+    read = store.database._vector_rows
+
+    def slowly():
+        found = read()
+        more.extend(add(store, rows))
+        ExactIndex(store, fingerprint=F, folder=folder).sync(A)  # another process's
+        return found
+
+    monkeypatch.setattr(store.database, "_vector_rows", slowly)
+    assert forget(store, ids)
+    [left] = files(folder)
+    assert rows[4].tobytes() in left.read_bytes()
+    assert ExactIndex(store, fingerprint=F, folder=folder).search(A, rows[4], 1)[0][0] == more[4]
+
+
 def test_files_that_another_process_deleted_are_made_anew_once_something_is_forgotten(store, folder):
     rows = vectors(24, 2 * RUN, 32)
     ids = add(store, rows)
