@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from memory_os import signals as s
 from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
-from memory_os.derive import failure_of
+from memory_os.derive import failure_of, told
 from memory_os.echo import is_echo, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
@@ -247,9 +247,8 @@ def asked_of(embedder: Embedder, query: str) -> tuple[TokenQuery | None, str]:
     except ConfigError:
         raise
     except Exception as error:  # whatever a foreign model raises: words still find
-        note = FAILED.format(failure_of(error))
-        log.warning(note)
-        return None, note
+        log.warning(FAILED.format(told(error)))
+        return None, FAILED.format(failure_of(error))
 
 
 def _reads(embedder: Embedder, query: str) -> bool:
