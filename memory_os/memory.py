@@ -181,8 +181,8 @@ class Memory:
     def scan_for(self, *texts: str) -> dict[str, list[str]]:
         """``{file: texts}``: in which files of the store any of these texts stands, byte by byte, whatever holds it.
 
-        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank, and the
-        files of vectors and of Chroma. Text that is stored is found, of course: this is to see that what was forgotten is not.
+        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank, and the files
+        of vectors and of Chroma. What is stored is found, of course: this is to see that what was forgotten is not.
         """
         return self.parts.store.files_with([check_text(text) for text in texts])
 
