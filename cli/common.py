@@ -57,7 +57,8 @@ Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
 Vectors = Annotated[
-    str | None, typer.Option("--vectors", help="exact, chroma or pgvector.", rich_help_panel="Settings")
+    str | None,
+    typer.Option("--vectors", help="exact, chroma, pgvector, or chroma+http://HOST:PORT.", rich_help_panel="Settings"),
 ]
 Controller = Annotated[
     str | None,
@@ -109,6 +110,7 @@ def opened(
         bank=settings.bank,
         retention_days=settings.retention_days if writes else None,
         redact=settings.redact,
+        telemetry=settings.telemetry,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

@@ -99,6 +99,7 @@ class Memory:
         bank: BankOptions | None = None,
         retention_days: float | None = None,
         redact: bool | Callable[[str], str] = False,
+        telemetry: bool = False,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing; or a PostgreSQL database.
@@ -110,7 +111,9 @@ class Memory:
             model among them; for every verb that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
             ``Embeddings`` among them.
-        :param vectors: ``"exact"``, ``"chroma"`` or, in PostgreSQL, ``"pgvector"``.
+        :param vectors: ``"exact"``, ``"chroma"`` (embedded), in PostgreSQL ``"pgvector"``, or a Chroma server:
+            ``"chroma+https://HOST:PORT"``, with ``?tenant=NAME&database=NAME`` where needed and its token in
+            ``CHROMA_TOKEN``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
@@ -123,6 +126,7 @@ class Memory:
         :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
             their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
             cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
+        :param telemetry: tell OpenTelemetry of every turn, in numbers and names, never in texts: docs/observability.md.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -148,6 +152,7 @@ class Memory:
                 bank=bank or BankOptions(),
                 retention=retention,
                 redact=redactor(redact),
+                telemetry=telemetry,
             )
         )
         memory.parts.keep_to_retention(always=True)
@@ -181,9 +186,10 @@ class Memory:
     def scan_for(self, *texts: str) -> dict[str, list[str]]:
         """``{file: texts}``: in which files of the store any of these texts stands, byte by byte, whatever holds it.
 
-        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank and the Chroma
-        index. Text that is stored is found, of course: this is to see that what was forgotten is not. The files of a
-        database server are not looked at, and a warning says so: its pages, log and backups are its administrator's.
+        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank, and the files
+        of vectors and of Chroma. What is stored is found, of course: this is to see that what was forgotten is not.
+        The files of a database server are not looked at, and a warning says so: its pages, log and backups are its
+        administrator's.
         """
         return self.parts.store.files_with([check_text(text) for text in texts])
 
@@ -216,6 +222,8 @@ class Memory:
             self.parts.vectors.close()
         if self.parts.backlog:
             self.parts.backlog.close()
+        if self.parts.telemetry:
+            self.parts.telemetry.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -545,7 +553,8 @@ class Scope:
 
         What is forgotten stays so: by ids and keys, of which digests are kept, ``add_many``, ``ingest`` and
         ``import_`` leave it out, unless told to restore it. When this returns, no file of the store holds the text; if
-        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again.
+        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again; or
+        a Chroma server could not be reached, from which it is taken out once it is back.
 
         :param after: event times from this one on.
         :param before: event times up to, and without, this one.
@@ -742,17 +751,20 @@ class Scope:
             limit = NO_LIMIT
         if record and asked is None:
             asked = self.add(query)
-        context = prepare(
-            self._parts,
-            self.labels,
-            self.session_name,
-            query,
-            budget=limit,
-            tools=tools,
-            asked=asked,
-            conversation=conversation,
-            memory_tokens=memory_tokens,
-        )
+        with self._parts.clock("context", self.labels) as clock:
+            context = prepare(
+                self._parts,
+                self.labels,
+                self.session_name,
+                query,
+                budget=limit,
+                tools=tools,
+                asked=asked,
+                clock=clock,
+                conversation=conversation,
+                memory_tokens=memory_tokens,
+            )
+            clock.result(context.trace)
         if asked:
             self._parts.store.save_trace(context.trace)
         return context

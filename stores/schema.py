@@ -40,13 +40,14 @@ __all__ = [
     "pending",
     "scores",
     "segments",
+    "store",
     "summaries",
     "tombstones",
     "traces",
     "vectors",
 ]
 
-HEAD = "0008"
+HEAD = "0009"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -58,6 +59,12 @@ SUMMARY_TASK = "summary"
 metadata = MetaData()
 
 Number = Integer().with_variant(BigInteger(), "postgresql")
+
+store = Table(
+    "store",
+    metadata,
+    Column("id", String(32), primary_key=True),  # one row: whose collections on a shared server are this store's
+)
 
 namespaces = Table(
     "namespaces",
