@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,16 @@ OLDEST = 14
 CONNECT_TIMEOUT_S = 10
 POOL, MORE = 5, 27
 """Connections that stay open, and how many more there may be at a time; as many again for readers."""
-# a client that is gone, or stands still, does not keep its namespace locked for hours
-OPTIONS = (
-    f"-c lock_timeout={LOCK_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LOCK_TIMEOUT_S}s "
-    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
+# A client that is gone, or stands still, does not keep its namespace locked for hours. Set with the transaction's first
+# statement, and not as the connection begins, which a pooler would refuse.
+LIMITS = "".join(
+    f", set_config('{name}', '{LOCK_TIMEOUT_S}s', true)"
+    for name in ("lock_timeout", "idle_in_transaction_session_timeout")
 )
+COUNTING_SINCE = "pg_stat_get_bgwriter_stat_reset_time()"
+"""Begins anew when, and hardly ever but when, the server has crashed: statistics outlive an orderly restart."""
+KNOWN_BY = f"CAST(pg_current_xact_id() AS text), {COUNTING_SINCE}"
+"""By which a transaction is known afterwards."""
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
@@ -71,6 +77,7 @@ class Postgres:
             raise MissingExtraError("PostgreSQL", "psycopg", "postgres") from error
         self.place = without_password(url)
         address = sa.make_url(url).set(drivername="postgresql+psycopg")
+        self._limits = "" if "options" in address.query else LIMITS  # who sets something, sets these
         # two pools: writers that wait for a lock hold a connection each, and must not keep readers out
         self._writer = _engine(address, "READ COMMITTED", read_only=False)
         self._reader = _engine(address, "REPEATABLE READ", read_only=True)
@@ -105,7 +112,7 @@ class Postgres:
     def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One transaction; without a namespace no other one writes meanwhile."""
         with self._translated(), self._writer.connect() as connection, connection.begin() as transaction:
-            number = _name(connection, namespace, "CAST(pg_current_xact_id() AS text)")
+            known_by = _name(connection, namespace, f", {KNOWN_BY}{self._limits}")[1:3]
             if namespace is None and self._opened:
                 connection.exec_driver_sql("LOCK TABLE namespaces IN EXCLUSIVE MODE")
             yield connection
@@ -114,7 +121,7 @@ class Postgres:
             try:
                 transaction.commit()
             except sa.exc.DBAPIError as error:
-                if not (is_lost(error) and self._was_committed(number)):
+                if not (is_lost(error) and self._was_committed(*known_by)):
                     raise
 
     @contextmanager
@@ -126,7 +133,7 @@ class Postgres:
                 yield held[0]
             return
         with self._translated(), self._reader.connect() as connection:
-            _name(connection, namespace)
+            _name(connection, namespace, self._limits)
             yield connection
 
     @contextmanager
@@ -158,18 +165,28 @@ class Postgres:
         except TryAgain as error:  # what was seen cannot be seen again
             raise StoreError(str(error)) from error
 
-    def _was_committed(self, number: str) -> bool:
+    def _was_committed(self, number: str, counting_since: datetime | None) -> bool:
         """What became of a transaction whose COMMIT was not answered.
 
-        :raises StoreError: if the server cannot be asked, so that nobody knows.
+        :param number: the transaction's.
+        :param counting_since: the server's, when it had that number.
+        :raises StoreError: if the server cannot tell, so that nobody knows.
         """
         import tenacity
 
+        query = sa.text(f"SELECT pg_xact_status(CAST(:number AS xid8)), {COUNTING_SINCE}")
+
         def ask() -> str | None:
             with self._reader.connect() as connection:
-                query = sa.text("SELECT pg_xact_status(CAST(:number AS xid8))")
-                status: str | None = connection.execute(query, {"number": number}).scalar_one()
-                return status
+                try:
+                    status, since = connection.execute(query, {"number": number}).one()
+                except sa.exc.DataError:  # "is in the future": the server crashed and has lost all of it
+                    return "aborted"
+            if since == counting_since:
+                return str(status) if status else None
+            # A server that crashed gives the numbers again of which nothing had reached its disk: what was committed
+            # may be another transaction. What was not is neither that nor this one.
+            return None if status in ("committed", None) else "aborted"
 
         asking = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(sa.exc.DBAPIError)
@@ -368,7 +385,7 @@ def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
             "cursor_factory": BinaryCursor,
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": "memory_os",
-            **({} if "options" in address.query else {"options": OPTIONS}),
+            "prepare_threshold": None,  # what is prepared stays in a connection, which may be another's next
         },
     )
     if read_only:
@@ -380,11 +397,14 @@ def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
     return engine
 
 
-def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "NULL") -> str:
-    """Tell the server, for this transaction, whose rows it is about; gives back what else was asked."""
+def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "") -> sa.Row[Any]:
+    """Tell the server, for this transaction, whose rows it is about.
+
+    :param also: what else is asked, with a comma before it; it stands after the first column of what is given back.
+    """
     told = "*" if namespace is None else as_labels(namespace)
-    query = sa.text(f"SELECT set_config('{SETTING}', :told, true), {also}")
-    return str(connection.execute(query, {"told": told}).one()[1])
+    query = sa.text(f"SELECT set_config('{SETTING}', :told, true){also}")
+    return connection.execute(query, {"told": told}).one()
 
 
 def _revision_of(connection: sa.Connection) -> str | None:

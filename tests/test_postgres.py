@@ -6,7 +6,9 @@ forgetting, which run on both.
 
 import json
 import logging
+import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -114,7 +116,8 @@ def test_a_query_without_where_sees_nothing_of_another_namespace(postgres_server
             assert json.loads(labels) == list(ALICE)
             assert all(set(seen(table)) <= {mine} for table in tables)
             held = {table for table in tables if seen(table)}
-            assert {table.name for table in metadata.sorted_tables} - {"namespaces", "bank", "pending"} <= held
+            nothing_there, of_all = {"bank", "pending"}, {"namespaces", "store"}
+            assert {table.name for table in metadata.sorted_tables} - nothing_there - of_all <= held
             assert {"lexical", "postings", "near"} <= held
             assert any(table.startswith("near_") and "_p" in table for table in held)  # a partition by its own name
             assert connection.exec_driver_sql("SELECT text FROM segments WHERE text LIKE '%%bob%%'").all() == []
@@ -159,7 +162,7 @@ def test_every_unique_key_holds_the_namespace_and_a_namespace_lies_in_one_partit
             ).all()
             assert len(keys) > 100
             others = {table for table, made in keys if "(namespace_id" not in made}
-            assert others == {"namespaces", "alembic_version"}
+            assert others == {"namespaces", "alembic_version", "store"}  # of which every machine has a copy
             for table in ("segments", "vectors", "lexical", "postings"):
                 where = connection.exec_driver_sql(f"SELECT namespace_id, tableoid::regclass::text FROM {table}").all()
                 assert len({ns for ns, _ in where}) == 40
@@ -383,6 +386,93 @@ def test_nobody_says_stored_or_not_stored_where_nobody_knows(far, network, monke
         add(far, ALICE, "perhaps")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["meanwhile", "never"])
+def test_a_crashed_server_that_gives_a_number_twice_does_not_pass_for_one_that_stored(own_postgres, other):
+    """Of the first transaction nothing had reached the disk, so that another one gets its number, and commits."""
+    own_postgres.admin("ALTER SYSTEM SET wal_writer_delay = '10s'", "ALTER SYSTEM SET restart_after_crash = on")
+    own_postgres.admin("SELECT pg_reload_conf()")
+    url = own_postgres.url(own_postgres.new())
+    one, two = (Records(Postgres(url), count_tokens=len) for _ in range(2))
+    add(one, ALICE, "before")
+    add(two, BOB, "before")
+    inner, number = one.database.write, []
+
+    @contextmanager
+    def crashing(namespace):
+        with inner(namespace) as connection:
+            yield connection
+            own = connection.exec_driver_sql("SELECT pg_current_xact_id()::text, pg_backend_pid()").one()
+            number.append(own[0])
+            one.database.write = inner
+            os.kill(own[1], signal.SIGKILL)
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                with suppress(Exception):
+                    if other == "meanwhile":
+                        with two.database.write(BOB) as again:
+                            number.append(again.exec_driver_sql("SELECT pg_current_xact_id()::text").scalar_one())
+                            claim(again, BOB)
+                    break
+
+    one.database.write = crashing
+    if other == "meanwhile":
+        with pytest.raises(StoreError, match="cannot be asked whether it was; look for it"):
+            add(one, ALICE, "perhaps")
+        assert number[0] == number[1]
+        assert texts(one, ALICE) == ["before"]
+    else:
+        add(one, ALICE, "once")  # nobody has that number: it was not stored, and is now
+        assert texts(one, ALICE) == ["before", "once"]
+    one.close()
+    two.close()
+
+
+# -- a pooler between client and server ------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_in_a_connection_that_a_pooler_may_give_to_another(url, store):
+    """What is set is set for a transaction, nothing is prepared, and nothing is asked for as a connection begins."""
+    add(store, ALICE, "kite")
+    asked = "SELECT current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout')"
+    for door in (store.database.read, store.database.write):
+        for _ in range(20):
+            with door(ALICE) as connection:
+                limits = connection.exec_driver_sql(asked).one()
+        assert tuple(limits) == ("1min", "1min")
+    for engine in (store.database._reader, store.database._writer):
+        with engine.connect() as connection:
+            assert tuple(connection.exec_driver_sql(asked).one()) == ("0", "0")
+            assert connection.exec_driver_sql("SELECT current_setting('memos.namespace', true)").scalar() in (None, "")
+            assert connection.exec_driver_sql("SELECT count(*) FROM pg_prepared_statements").scalar() == 0
+            assert not connection.connection.driver_connection.info.get_parameters().get("options")
+
+
+@pytest.mark.parametrize("vectors", ["exact", "pgvector"])
+def test_behind_a_pooler_of_transactions_all_goes_as_without(postgres_server, pooler, url, vectors):
+    failed: list[BaseException] = []
+    with Memory.open(url.replace(str(postgres_server.port), str(pooler)), embedder="hash", vectors=vectors) as memory:
+
+        def work(n: int) -> None:
+            try:
+                scope = memory.namespace(str(n % 3))
+                for i in range(8):
+                    added = scope.add(f"kite {n} of {i}")
+                    assert added in [hit.segment for hit in scope.nearest(added.text, k=50)]
+                    assert added in [hit.segment for hit in scope.search(added.text, k=50)]
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert [segment.seq for segment in memory.namespace("1").history(99)] == list(range(1, 25))
+        assert memory.namespace("1").forget(everything=True)["unfinished"] == 0
+
+
 # -- clear errors ------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +525,7 @@ def test_without_the_extension_pgvector_says_what_to_do_and_exact_works(postgres
 
 
 def test_what_needs_a_file_is_refused(url, tmp_path):
-    with pytest.raises(ConfigError, match="'exact' or 'pgvector'"):
+    with pytest.raises(ConfigError, match="'exact', 'pgvector' or a Chroma server"):
         Memory.open(url, embedder="hash", vectors="chroma")
     with pytest.raises(ConfigError, match="needs a PostgreSQL database"):
         Memory.open(tmp_path / "memory.db", embedder="hash", vectors="pgvector")
