@@ -25,6 +25,7 @@ from memory_os.errors import MissingExtraError, StoreError
 from memory_os.stores import postings
 from memory_os.stores.backend import CLOSED, PATIENCE_S, TryAgain
 from memory_os.stores.partitions import SETTING, part_of
+from memory_os.stores.pgconnect import MORE, POOL, address_of, engine_of
 from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, problem
 from memory_os.stores.rows import as_labels
 from memory_os.stores.schema import HEAD
@@ -33,14 +34,11 @@ from memory_os.stores.vacuum import vacuumed
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
-    import psycopg
+    pass
 
 __all__ = ["Postgres"]
 
 OLDEST = 14
-CONNECT_TIMEOUT_S = 10
-POOL, MORE = 5, 27
-"""Connections that stay open, and how many more there may be at a time; as many again for readers."""
 # A client that is gone, or stands still, does not keep its namespace locked for hours. Set with the transaction's first
 # statement, and not as the connection begins, which a pooler would refuse.
 LIMITS = "".join(
@@ -49,6 +47,10 @@ LIMITS = "".join(
 )
 COUNTING_SINCE = "pg_stat_get_bgwriter_stat_reset_time()"
 """Begins anew when, and hardly ever but when, the server has crashed: statistics outlive an orderly restart."""
+ALONE_S = 5.0
+BY_INDEX = ", set_config('enable_bitmapscan', 'off', true)"
+"""All that is asked stands in an index, in the order in which it is wanted. The planner, which knows nothing of a table
+that was just filled, would collect a whole namespace for its last row."""
 KNOWN_BY = f"CAST(pg_current_xact_id() AS text), {COUNTING_SINCE}"
 """By which a transaction is known afterwards."""
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
@@ -76,11 +78,12 @@ class Postgres:
         except ImportError as error:
             raise MissingExtraError("PostgreSQL", "psycopg", "postgres") from error
         self.place = without_password(url)
-        address = sa.make_url(url).set(drivername="postgresql+psycopg")
-        self._limits = "" if "options" in address.query else LIMITS  # who sets something, sets these
+        address = address_of(url, self.place)
+        # who sets something, sets the limits
+        self._habits = BY_INDEX if "options" in address.query else BY_INDEX + LIMITS
         # two pools: writers that wait for a lock hold a connection each, and must not keep readers out
-        self._writer = _engine(address, "READ COMMITTED", read_only=False)
-        self._reader = _engine(address, "REPEATABLE READ", read_only=True)
+        self._writer = engine_of(address, "READ COMMITTED", read_only=False)
+        self._reader = engine_of(address, "REPEATABLE READ", read_only=True)
         self._opened = self._closed = False
         self._snapshot = threading.local()
         self._deleted_in: set[int] = set()
@@ -112,7 +115,7 @@ class Postgres:
     def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One transaction; without a namespace no other one writes meanwhile."""
         with self._translated(), self._writer.connect() as connection, connection.begin() as transaction:
-            known_by = _name(connection, namespace, f", {KNOWN_BY}{self._limits}")[1:3]
+            _, number, counting_since, *_ = _name(connection, namespace, f", {KNOWN_BY}{self._habits}")
             if namespace is None and self._opened:
                 connection.exec_driver_sql("LOCK TABLE namespaces IN EXCLUSIVE MODE")
             yield connection
@@ -121,7 +124,7 @@ class Postgres:
             try:
                 transaction.commit()
             except sa.exc.DBAPIError as error:
-                if not (is_lost(error) and self._was_committed(*known_by)):
+                if not (is_lost(error) and self._was_committed(number, counting_since)):
                     raise
 
     @contextmanager
@@ -133,7 +136,7 @@ class Postgres:
                 yield held[0]
             return
         with self._translated(), self._reader.connect() as connection:
-            _name(connection, namespace, self._limits)
+            _name(connection, namespace, self._habits)
             yield connection
 
     @contextmanager
@@ -213,6 +216,20 @@ class Postgres:
         if code in UNDONE or (self._opened and is_lost(error)):
             return TryAgain(f"{self.place}: {told}; nothing was changed")
         return StoreError(f"{self.place}: {told}; nothing was changed")
+
+    def run_alone(self, statement: str, *, patience_s: float = ALONE_S) -> None:
+        """Run a statement that wants no transaction around it.
+
+        :param patience_s: so long, at most, it waits for others, who may read for hours.
+        :raises StoreError: if they go on for longer, or it may not be done.
+        """
+        engine = self._writer.execution_options(isolation_level="AUTOCOMMIT")
+        with self._translated(), engine.connect() as connection:
+            connection.exec_driver_sql(f"SET lock_timeout = '{patience_s}s'")
+            try:
+                connection.exec_driver_sql(statement)
+            finally:
+                connection.exec_driver_sql("RESET lock_timeout")
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -299,7 +316,8 @@ class Postgres:
             broken = connection.exec_driver_sql(
                 "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
                 "WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
-                "AND NOT (i.indisvalid AND i.indisready)"
+                "AND NOT (i.indisvalid AND i.indisready) "
+                "AND c.relname !~ '^near_[0-9a-f]{12}_ns[0-9]+$'"  # which are made meanwhile, or anew
             ).scalars()
             found = [f"the index {name} is not valid; REINDEX it" for name in broken]
             failed = connection.exec_driver_sql(
@@ -360,41 +378,6 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
-
-
-def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
-    from psycopg import Cursor
-    from psycopg.pq import Format
-
-    class BinaryCursor(Cursor[Any]):
-        """Asks for results in binary: vectors would come as hexadecimal digits."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.format = Format.BINARY
-
-    engine = sa.create_engine(
-        address,
-        isolation_level=isolation,
-        pool_size=POOL,
-        max_overflow=MORE,
-        pool_timeout=LOCK_TIMEOUT_S,
-        pool_pre_ping=True,
-        hide_parameters=True,
-        connect_args={
-            "cursor_factory": BinaryCursor,
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "application_name": "memory_os",
-            "prepare_threshold": None,  # what is prepared stays in a connection, which may be another's next
-        },
-    )
-    if read_only:
-
-        @sa.event.listens_for(engine, "connect")
-        def keep_from_writing(connection: psycopg.Connection[Any], _: object) -> None:
-            connection.read_only = True
-
-    return engine
 
 
 def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "") -> sa.Row[Any]:

@@ -36,6 +36,7 @@ from memory_os.stores.schema import metadata
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
+PASSWORD = "p%25w"
 COMMIT = b"COMMIT\0"  # the statement, and not the COMMITTED of another
 
 
@@ -200,6 +201,7 @@ def test_a_statement_reads_one_partition(store):
             parts = {word.partition("_p")[2] for word in plan.replace("(", " ").split() if "_p" in word and
                      word.startswith(("segments_p", "vectors_p", "lexical_p", "postings_p"))}  # fmt: skip
             assert len({part.partition("_")[0] for part in parts}) == 1, plan
+            assert "Bitmap" not in plan  # a namespace's last row is found without all the others
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(url):
@@ -419,7 +421,7 @@ def test_a_crashed_server_that_gives_a_number_twice_does_not_pass_for_one_that_s
     if other == "meanwhile":
         with pytest.raises(StoreError, match="cannot be asked whether it was; look for it"):
             add(one, ALICE, "perhaps")
-        assert number[0] == number[1]
+        assert number[0] == number[-1]
         assert texts(one, ALICE) == ["before"]
     else:
         add(one, ALICE, "once")  # nobody has that number: it was not stored, and is now
@@ -497,6 +499,32 @@ def test_what_keeps_from_connecting_is_one_clear_error_without_the_password(post
     with pytest.raises(StoreError, match=r"give a file's path.*postgresql") as caught:
         Memory.open("mysql://me:secret-pw@host/db")
     assert "secret-pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (lambda url: re.sub(r":\d+/", ":port/", url), "cannot open .*the port in digits"),
+        (lambda url: re.sub(r":\d+/", ":/", url), "cannot open .*the port in digits"),
+        (lambda url: f"{url}?autocommit=true", "has no setting 'autocommit'; leave it out"),
+        (lambda url: f"{url}?row_factory=x&sslmode=prefer", "has no setting 'row_factory'"),
+        (lambda url: f"{url}?nonsense=1", "has no setting 'nonsense'"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_one_clear_error(url, changed, problem):
+    with pytest.raises(StoreError, match=problem) as caught:
+        Memory.open(changed(url), embedder="hash")
+    assert PASSWORD not in str(caught.value) + repr(caught.value.__cause__) + repr(caught.value.__context__)
+
+
+def test_what_the_url_and_the_environment_set_is_heeded_where_it_does_no_harm(url, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    opened = Records(Postgres(f"{url}?client_encoding=latin1&application_name=mine&sslmode=prefer"), count_tokens=len)
+    add(opened, ALICE, "\u98ce\u7b5d \U0001fa81")
+    assert texts(opened, ALICE) == ["\u98ce\u7b5d \U0001fa81"]
+    with opened.database.read() as connection:
+        assert connection.exec_driver_sql("SHOW application_name").scalar_one() == "mine"
+    opened.close()
 
 
 def test_a_user_who_may_not_make_tables_is_told_so(postgres_server):
@@ -798,10 +826,23 @@ def unit(rng: np.random.Generator, n: int, d: int = 24) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def put(store: Records, namespace, rows: np.ndarray) -> list[str]:
+    ids = add(store, namespace, *["t"] * len(rows))
+    store.put_vectors(namespace, "f", ids, rows)
+    return ids
+
+
+def graphs(store: Records) -> list[str]:
+    """Those that are whole."""
+    with store.database.read() as connection:
+        found = connection.exec_driver_sql("SELECT indexrelid::regclass::text FROM pg_index WHERE indisvalid").scalars()
+        return [name for name in found if re.search("_ns[0-9]+$", name)]
+
+
 @pytest.mark.slow
-def test_a_small_namespace_in_a_large_partition_is_found_by_the_graph_too(url, store, monkeypatch):
-    """Without iterative scans the graph's nearest are all of the large namespace, and little is left of the small."""
-    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 0)
+def test_a_namespace_is_found_by_a_graph_of_its_own_whatever_lies_beside_it(store, monkeypatch):
+    """By one graph for all, the nearest of a small namespace would be among those of a large one, many missed."""
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 100)
     rng = np.random.default_rng(11)
     large, small = ("large",), None
     add(store, large, "x")
@@ -813,34 +854,82 @@ def test_a_small_namespace_in_a_large_partition_is_found_by_the_graph_too(url, s
                 small = (str(n),)
                 break
     assert small
-    sizes = {large: 6000, small: 150}
-    rows = {namespace: unit(rng, n) for namespace, n in sizes.items()}
-    ids = {}
-    for namespace, n in sizes.items():
-        ids[namespace] = add(store, namespace, *["t"] * n)
-        store.put_vectors(namespace, "f", ids[namespace], rows[namespace])
+    rows = {namespace: unit(rng, n) for namespace, n in {large: 6000, small: 150}.items()}
+    ids = {namespace: put(store, namespace, theirs) for namespace, theirs in rows.items()}
     index = PgVectorIndex(store.database, fingerprint="f")
-    for namespace in sizes:
+    plans = []
+    sa.event.listen(store.database._reader, "before_cursor_execute", lambda *told: plans.append(told[2:4]))
+    for namespace, theirs in rows.items():
         index.sync(namespace)
-    with store.database.write() as connection:
-        connection.exec_driver_sql("ANALYZE")
-    walking = Postgres(f"{url}?options=-cenable_sort%3Doff")  # left to itself, the planner sorts so few
-    with walking.read(small) as connection:
-        number = numbers[json.dumps(small)]
-        near = f"FROM {index._table} WHERE namespace_id = {number} ORDER BY vector <#> '{[0.5] * 24}' LIMIT 10"
-        plan = " ".join(map(str, connection.exec_driver_sql(f"EXPLAIN SELECT segment_pk {near}").scalars()))
-        assert "vector_idx" in plan  # so that what is asked here is the graph, under the policies
-    for database in (store.database, walking):
-        index = PgVectorIndex(database, fingerprint="f")
-        for namespace in sizes:
-            hits = 0
-            for query in unit(rng, 20):
-                best = {ids[namespace][i] for i in np.argsort(-(rows[namespace] @ query))[:10]}
-                found = index.search(namespace, query, 10)
-                assert len(found) == 10
-                hits += len(best & {id_ for id_, _ in found})
-            assert hits >= 0.9 * 200, namespace
-    walking.close()
+        hits = 0
+        for query in unit(rng, 20):
+            best = {ids[namespace][i] for i in np.argsort(-(theirs @ query))[:10]}
+            found = index.search(namespace, query, 10)
+            assert len(found) == 10
+            hits += len(best & {id_ for id_, _ in found})
+        assert hits >= 0.97 * 200, namespace
+        statement, told = plans[-1]
+        with store.database.read(namespace) as connection:
+            wanted = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in pgvector.WALKING.items())
+            connection.exec_driver_sql(f"SELECT {wanted}")
+            plan = " ".join(map(str, connection.exec_driver_sql(f"EXPLAIN {statement}", told).scalars()))
+        assert f"Index Scan using {index._table}_ns{numbers[json.dumps(namespace)]} on" in plan
+
+
+def test_a_graph_is_made_when_a_namespace_has_grown_and_again_where_its_maker_was_killed(
+    postgres_server, url, store, monkeypatch
+):
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 20)
+    rng = np.random.default_rng(3)
+
+    def check(expected: int) -> None:
+        index = PgVectorIndex(store.database, fingerprint="f")
+        index.sync(ALICE)
+        assert len(graphs(store)) == expected
+        query = unit(rng, 1)[0]
+        found = index.search(ALICE, query, 5)
+        everything = store.read_vectors(ALICE, "f")
+        best = np.argsort(-(everything[2] @ query))[:5]
+        assert [id_ for id_, _ in found] == [everything[0][i] for i in best]
+        upto = everything[1][9]
+        assert {id_ for id_, _ in index.search(ALICE, query, 99, upto=upto)} == set(everything[0][:10])
+        assert store.database.damage(deep=True) == []
+
+    put(store, ALICE, unit(rng, 20))
+    check(0)
+    put(store, ALICE, unit(rng, 1))
+    check(1)
+    killed = "UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text ~ '_ns[0-9]+$'"
+    postgres_server.admin(killed, database=name_of(url))
+    assert graphs(store) == []
+    check(0)
+    put(store, ALICE, unit(rng, 1))
+    check(1)
+    PgVectorIndex(store.database, fingerprint="f").drop(ALICE)
+    assert graphs(store) == []
+    check(1)
+
+
+def test_where_a_graph_cannot_be_made_nothing_waits_for_it_and_searches_are_exact(url, store, monkeypatch, caplog):
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 20)
+    monkeypatch.setattr(Postgres.run_alone, "__kwdefaults__", {"patience_s": 0.2})
+    rows = unit(np.random.default_rng(3), 30)
+    ids = put(store, ALICE, rows[:10])
+    index = PgVectorIndex(store.database, fingerprint="f")
+    index.sync(ALICE)
+    with store.database.write(BOB) as reader:  # somebody who is at it for long
+        reader.exec_driver_sql(f"SELECT count(*) FROM {index._table}")
+        ids += put(store, ALICE, rows[10:])
+        index.sync(ALICE)
+        assert "searched without a graph, exactly" in caplog.text
+        assert graphs(store) == []
+        best = np.argsort(-(rows @ rows[4]))[:9]
+        assert [id_ for id_, _ in index.search(ALICE, rows[4], 9)] == [ids[i] for i in best]
+    another = PgVectorIndex(Postgres(url), fingerprint="f")
+    put(store, ALICE, rows[:1])
+    another.sync(ALICE)
+    assert len(graphs(store)) == 1
+    another._database.close()
 
 
 def test_another_process_that_forgets_is_followed(url):
