@@ -353,7 +353,11 @@ class Postgres:
             "(SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
             "AND NOT (c.relrowsecurity AND c.relforcerowsecurity) ORDER BY 1"
         ).scalars()
-        return [*found, *(f"row-level security is off on {name}" for name in open_ones)]
+        found += [f"row-level security is off on {name}" for name in open_ones]
+        free = connection.exec_driver_sql(
+            "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+        ).scalar_one()
+        return [*found, *(["row-level security does not bind this user; connect as an ordinary one"] if free else [])]
 
     def file_faults(self) -> tuple[list[str], list[str]]:
         """None: the files are the server's."""
@@ -380,14 +384,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "") -> sa.Row[Any]:
+def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "") -> tuple[Any, ...]:
     """Tell the server, for this transaction, whose rows it is about.
 
     :param also: what else is asked, with a comma before it; it stands after the first column of what is given back.
     """
     told = "*" if namespace is None else as_labels(namespace)
     query = sa.text(f"SELECT set_config('{SETTING}', :told, true){also}")
-    return connection.execute(query, {"told": told}).one()
+    return tuple(connection.execute(query, {"told": told}).one())
 
 
 def _revision_of(connection: sa.Connection) -> str | None:
