@@ -114,9 +114,11 @@ def _chroma(store: RecordStore, fingerprint: str, path: Path | None) -> VectorIn
 
 def _pgvector(store: RecordStore, fingerprint: str, path: Path | None) -> VectorIndex:
     from memory_os.stores.pgvector import PgVectorIndex
+    from memory_os.stores.postgres import Postgres
     from memory_os.stores.records import Records
 
     assert isinstance(store, Records)
+    assert isinstance(store.database, Postgres)
     return PgVectorIndex(store.database, fingerprint=fingerprint)
 
 

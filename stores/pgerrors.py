@@ -53,8 +53,10 @@ def problem(error: sa.exc.DBAPIError) -> str | Exception:
         return "there is no such user; make it: createuser NAME"
     if code == "42501":
         return f"the user may not do this ({text}); let it own the database, or grant it what is missing"
+    if code == "25006":
+        return "the database can only be read; connect to the primary, or turn default_transaction_read_only off"
     if code == "55P03":
-        return f"another one held the lock for {LOCK_TIMEOUT_S} s; try again"
+        return "another one held the lock for too long; try again"
     if code in ("53100", "53200", "53300"):
         return f"the server has no room ({text}); free some disk, memory or connections and try again"
     if is_lost(error):

@@ -1,35 +1,42 @@
 """Nearest segments by pgvector, in the records' database: a table for each embedder, derived from the vector rows.
 
-A small namespace is searched exactly. In a large one the HNSW graph of its partition is walked, and walked on until
-enough of what it finds is this namespace's (``hnsw.iterative_scan``). A row goes in the transaction in which the row
-that it was made of goes; and as those of a namespace get numbers that grow, what is new is what has a higher one.
+A small namespace is searched exactly. A large one has an HNSW graph of its own, a partial index, so that what others
+hold takes nothing from what is found here; it is made when the namespace has grown to that size, and searches are exact
+until it is there. A row goes in the transaction in which the row that it was made of goes; and as those of a namespace
+get numbers that grow, what is new is what has a higher one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from memory_os.errors import ConfigError, MissingExtraError, StoreError
-from memory_os.stores.backend import Backend, again
+from memory_os.stores.backend import again
 from memory_os.stores.namespaces import locate
-from memory_os.stores.partitions import PARTITIONS, create
+from memory_os.stores.partitions import create, part_of
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
     from memory_os.protocols import Vector
+    from memory_os.stores.postgres import Postgres
 
 __all__ = ["PgVectorIndex"]
 
-EXACT_UP_TO = 20_000
-"""A namespace with more vectors than this is searched by HNSW: so many of 384 numbers took 67 ms on two busy cores."""
-MOST_WALKED = 200_000
-"""So many rows, at most, are looked at before a search by HNSW gives what it has found."""
+EXACT_UP_TO = 10_000
+"""A namespace with more vectors than this is searched by HNSW. From 5,000 on it is the faster one, but what is exact
+finds all, and takes some 11 ms for so many (docs/scale.md)."""
+WALKING = {
+    "hnsw.iterative_scan": "strict_order",  # on, while what it finds came after ``upto``
+    "hnsw.max_scan_tuples": "200000",
+    "enable_sort": "off",  # or the planner, which knows little of a table that was just filled, reads all of it
+}
 BATCH = 500
-"""Rows that are added in one transaction: the graph takes some milliseconds for each, and writers wait meanwhile."""
+"""Rows that are added in one transaction: a graph takes some milliseconds for each, and writers wait meanwhile."""
 MAX_DIMENSION = 2000
 """Of what an HNSW index of pgvector holds; longer vectors are searched exactly."""
 OLDEST = (0, 8)
@@ -43,13 +50,20 @@ OTHER_LENGTH = (
     "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
 )
 OF_ROWS = "FROM vectors WHERE namespace_id = :ns AND fingerprint = :f"
+AT_IT = sa.text(  # the lock of one who makes an index meanwhile
+    "SELECT 1 FROM pg_locks WHERE relation = CAST(:table AS regclass) AND mode = 'ShareUpdateExclusiveLock' AND granted"
+)
 NEW_ROWS = """
     SELECT v.pk, v.segment_pk, s.seq, v.vector FROM vectors v
     JOIN segments s ON s.namespace_id = v.namespace_id AND s.pk = v.segment_pk
     WHERE v.namespace_id = :ns AND v.fingerprint = :f AND v.pk > :last ORDER BY v.pk LIMIT :k"""
+ADD = """
+    INSERT INTO {} (namespace_id, vector_pk, segment_pk, seq, vector)
+    SELECT %s, * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %b::vector[])"""
 NOTE = """
     INSERT INTO near (namespace_id, fingerprint, last, n) VALUES (:ns, :f, :last, :n)
     ON CONFLICT (namespace_id, fingerprint) DO UPDATE SET last = excluded.last, n = excluded.n"""
+log = logging.getLogger(__name__)
 
 
 @again
@@ -61,7 +75,7 @@ class PgVectorIndex:
     :raises StoreError: if the server has no pgvector, or too old a one.
     """
 
-    def __init__(self, database: Backend, *, fingerprint: str) -> None:
+    def __init__(self, database: Postgres, *, fingerprint: str) -> None:
         try:
             import pgvector  # noqa: F401
         except ImportError as error:
@@ -70,6 +84,8 @@ class PgVectorIndex:
         self._fingerprint = fingerprint
         self._table = f"near_{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}"
         self._dimension: int | None = None
+        self._with_graph: set[int] = set()
+        self._gave_up: set[int] = set()
         self._make_extension()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -87,26 +103,20 @@ class PgVectorIndex:
                 f"have {self._dimension}: another model has this name; give it one of its own, such as "
                 "LangChainEmbedder(..., name=...), and open the memory again"
             )
-        graph = n > EXACT_UP_TO and self._dimension <= MAX_DIMENSION
         bound = "" if upto is None else "AND seq <= :upto"
-        # a sum is not what the graph is in order of: it is not walked, and ties go to the smaller seq
-        order = "vector <#> CAST(:vector AS vector)" if graph else "(vector <#> CAST(:vector AS vector)) + 0, seq"
-        query = f"""SELECT s.id, n.seq, n.distance FROM (
-                SELECT segment_pk, seq, vector <#> CAST(:vector AS vector) AS distance FROM {self._table}
-                WHERE namespace_id = :ns {bound} ORDER BY {order} LIMIT :k) n
-            JOIN segments s ON s.namespace_id = :ns AND s.pk = n.segment_pk"""
         with self._database.read(namespace) as connection:
-            for name, value in (
-                (
-                    ("iterative_scan", "strict_order"),
-                    ("ef_search", min(1000, max(100, 2 * k))),
-                    ("max_scan_tuples", MOST_WALKED),
-                )
-                if graph
-                else ()
-            ):
-                connection.exec_driver_sql(f"SET LOCAL hnsw.{name} = {value}")
             ns, _ = locate(connection, namespace)
+            graph = n > EXACT_UP_TO and self._has_graph(connection, ns)
+            if graph:
+                settings = WALKING | {"hnsw.ef_search": str(min(1000, max(200, 4 * k)))}
+                wanted = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+                connection.exec_driver_sql(f"SELECT {wanted}")
+            # a sum is not what the graph is in order of: it is not walked, and ties go to the smaller seq
+            order = "vector <#> CAST(:vector AS vector)" if graph else "(vector <#> CAST(:vector AS vector)) + 0, seq"
+            query = f"""SELECT s.id, n.seq, n.distance FROM (
+                    SELECT segment_pk, seq, vector <#> CAST(:vector AS vector) AS distance FROM {self._table}
+                    WHERE namespace_id = CAST(:ns AS bigint) {bound} ORDER BY {order} LIMIT :k) n
+                JOIN segments s ON s.namespace_id = :ns AND s.pk = n.segment_pk"""
             told = {"ns": ns, "vector": _as_text(vector), "k": k} | ({} if upto is None else {"upto": upto})
             rows = connection.execute(sa.text(query), told).all()
         return [(id_, -distance) for id_, _, distance in sorted(rows, key=lambda row: (row[2], row[1]))]
@@ -162,7 +172,10 @@ class PgVectorIndex:
         while self._add_batch(namespace) == BATCH:
             pass
         with self._database.read(namespace) as connection:
-            return self._state(connection, ns)[1]
+            n = self._state(connection, ns)[1]
+        if n > EXACT_UP_TO:
+            self._make_graph(namespace, ns)
+        return n
 
     def _add_batch(self, namespace: Namespace) -> int:
         """Add rows that are new, a durable batch of them; how many."""
@@ -171,21 +184,19 @@ class PgVectorIndex:
 
         with self._database.write(namespace) as connection:
             ns, _ = locate(connection, namespace, lock=True)  # nobody adds any, or makes them here, meanwhile
-            last, _ = self._state(connection, ns)
+            last, n = self._state(connection, ns)
             told = {"ns": ns, "f": self._fingerprint, "last": last, "k": BATCH}
             rows = connection.execute(sa.text(NEW_ROWS), told).all()
             if rows:
                 driver: Any = connection.connection.driver_connection
                 register_vector(driver)
-                made = [(ns, row.pk, row.segment_pk, row.seq, np.frombuffer(row.vector, dtype="<f4")) for row in rows]
-                if any(len(each[-1]) != self._dimension for each in made):
+                pks, segment_pks, seqs, blobs = (list(column) for column in zip(*rows, strict=True))
+                made = [np.frombuffer(blob, dtype="<f4") for blob in blobs]
+                if any(len(vector) != self._dimension for vector in made):
                     raise ConfigError(OTHER_LENGTH.format(self._fingerprint))
                 with driver.cursor() as cursor:
-                    query = f"INSERT INTO {self._table} (namespace_id, vector_pk, segment_pk, seq, vector) "
-                    cursor.executemany(query + "VALUES (%s, %s, %s, %s, %s)", made)
-                counted = sa.text(f"SELECT count(*) FROM {self._table} WHERE namespace_id = :ns")
-                n = connection.execute(counted, {"ns": ns}).scalar_one()
-                told = {"ns": ns, "f": self._fingerprint, "last": rows[-1].pk, "n": n}
+                    cursor.execute(ADD.format(self._table), (ns, pks, segment_pks, seqs, made))
+                told = {"ns": ns, "f": self._fingerprint, "last": rows[-1].pk, "n": n + len(rows)}
                 connection.execute(sa.text(NOTE), told)
         return len(rows)
 
@@ -197,6 +208,9 @@ class PgVectorIndex:
                 connection.execute(sa.text(f"DELETE FROM {self._table} WHERE namespace_id = :ns"), {"ns": ns})
                 gone = sa.text("DELETE FROM near WHERE namespace_id = :ns AND fingerprint = :f")
                 connection.execute(gone, {"ns": ns, "f": self._fingerprint})
+            graph = self._has_graph(connection, ns)
+        if graph:  # a new one is made faster than as many rows are added to it
+            self._drop_graph(ns)
 
     def purge(self, namespaces: Collection[Namespace] | None) -> bool:
         """Nothing: what was forgotten went with its segments, and is cleaned away with them (``Backend.scrub``)."""
@@ -257,10 +271,45 @@ class PgVectorIndex:
                 FOREIGN KEY (namespace_id, vector_pk) REFERENCES vectors (namespace_id, pk) ON DELETE CASCADE""",
                 partitioned=True,
             )
-            for n in range(PARTITIONS) if dimension <= MAX_DIMENSION else ():
-                table = f"{self._table}_p{n}"
-                connection.exec_driver_sql(f"CREATE INDEX ON {table} USING hnsw (vector vector_ip_ops)")
             self._exists(connection)  # and so its dimension is known
+
+    def _has_graph(self, connection: sa.Connection, ns: int) -> bool:
+        if ns not in self._with_graph:
+            query = sa.text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
+            if connection.execute(query, {"name": self._graph(ns)}).scalar_one_or_none():
+                self._with_graph.add(ns)
+        return ns in self._with_graph
+
+    def _graph(self, ns: int) -> str:
+        return f"{self._table}_ns{ns}"
+
+    def _make_graph(self, namespace: Namespace, ns: int) -> None:
+        """Make the namespace's graph, if there is none and nobody is at it; others read and write meanwhile.
+
+        Where it cannot be made, searches go on without it, and whoever opens the store next tries again.
+        """
+        assert self._dimension
+        if self._dimension > MAX_DIMENSION or ns in self._gave_up:
+            return
+        with self._database.read(namespace) as connection:
+            if self._has_graph(connection, ns):
+                return
+            table = f"{self._table}_p{part_of(connection, ns)}"
+            if connection.execute(AT_IT, {"table": table}).first():
+                return
+        try:
+            self._drop_graph(ns)  # of one who was killed at it
+            self._database.run_alone(
+                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {self._graph(ns)} ON {table} "
+                f"USING hnsw (vector vector_ip_ops) WHERE namespace_id = {ns}"
+            )
+        except StoreError as error:
+            self._gave_up.add(ns)
+            log.warning("a large namespace is searched without a graph, exactly and more slowly: %s", error)
+
+    def _drop_graph(self, ns: int) -> None:
+        self._with_graph.discard(ns)
+        self._database.run_alone(f"DROP INDEX CONCURRENTLY IF EXISTS {self._graph(ns)}")
 
 
 def _as_text(vector: Vector) -> str:

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from memory_os.errors import MissingExtraError, StoreError
 from memory_os.stores import postings
 from memory_os.stores.backend import CLOSED, PATIENCE_S, TryAgain
 from memory_os.stores.partitions import SETTING, part_of
+from memory_os.stores.pgconnect import MORE, POOL, address_of, engine_of
 from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, problem
 from memory_os.stores.rows import as_labels
 from memory_os.stores.schema import HEAD
@@ -32,19 +34,25 @@ from memory_os.stores.vacuum import vacuumed
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
-    import psycopg
+    pass
 
 __all__ = ["Postgres"]
 
 OLDEST = 14
-CONNECT_TIMEOUT_S = 10
-POOL, MORE = 5, 27
-"""Connections that stay open, and how many more there may be at a time; as many again for readers."""
-# a client that is gone, or stands still, does not keep its namespace locked for hours
-OPTIONS = (
-    f"-c lock_timeout={LOCK_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LOCK_TIMEOUT_S}s "
-    "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
+# A client that is gone, or stands still, does not keep its namespace locked for hours. Set with the transaction's first
+# statement, and not as the connection begins, which a pooler would refuse.
+LIMITS = "".join(
+    f", set_config('{name}', '{LOCK_TIMEOUT_S}s', true)"
+    for name in ("lock_timeout", "idle_in_transaction_session_timeout")
 )
+COUNTING_SINCE = "pg_stat_get_bgwriter_stat_reset_time()"
+"""Begins anew when, and hardly ever but when, the server has crashed: statistics outlive an orderly restart."""
+ALONE_S = 5.0
+BY_INDEX = ", set_config('enable_bitmapscan', 'off', true)"
+"""All that is asked stands in an index, in the order in which it is wanted. The planner, which knows nothing of a table
+that was just filled, would collect a whole namespace for its last row."""
+KNOWN_BY = f"CAST(pg_current_xact_id() AS text), {COUNTING_SINCE}"
+"""By which a transaction is known afterwards."""
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
@@ -70,10 +78,12 @@ class Postgres:
         except ImportError as error:
             raise MissingExtraError("PostgreSQL", "psycopg", "postgres") from error
         self.place = without_password(url)
-        address = sa.make_url(url).set(drivername="postgresql+psycopg")
+        address = address_of(url, self.place)
+        # who sets something, sets the limits
+        self._habits = BY_INDEX if "options" in address.query else BY_INDEX + LIMITS
         # two pools: writers that wait for a lock hold a connection each, and must not keep readers out
-        self._writer = _engine(address, "READ COMMITTED", read_only=False)
-        self._reader = _engine(address, "REPEATABLE READ", read_only=True)
+        self._writer = engine_of(address, "READ COMMITTED", read_only=False)
+        self._reader = engine_of(address, "REPEATABLE READ", read_only=True)
         self._opened = self._closed = False
         self._snapshot = threading.local()
         self._deleted_in: set[int] = set()
@@ -105,7 +115,7 @@ class Postgres:
     def write(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:
         """One transaction; without a namespace no other one writes meanwhile."""
         with self._translated(), self._writer.connect() as connection, connection.begin() as transaction:
-            number = _name(connection, namespace, "CAST(pg_current_xact_id() AS text)")
+            _, number, counting_since, *_ = _name(connection, namespace, f", {KNOWN_BY}{self._habits}")
             if namespace is None and self._opened:
                 connection.exec_driver_sql("LOCK TABLE namespaces IN EXCLUSIVE MODE")
             yield connection
@@ -114,7 +124,7 @@ class Postgres:
             try:
                 transaction.commit()
             except sa.exc.DBAPIError as error:
-                if not (is_lost(error) and self._was_committed(number)):
+                if not (is_lost(error) and self._was_committed(number, counting_since)):
                     raise
 
     @contextmanager
@@ -126,7 +136,7 @@ class Postgres:
                 yield held[0]
             return
         with self._translated(), self._reader.connect() as connection:
-            _name(connection, namespace)
+            _name(connection, namespace, self._habits)
             yield connection
 
     @contextmanager
@@ -158,18 +168,28 @@ class Postgres:
         except TryAgain as error:  # what was seen cannot be seen again
             raise StoreError(str(error)) from error
 
-    def _was_committed(self, number: str) -> bool:
+    def _was_committed(self, number: str, counting_since: datetime | None) -> bool:
         """What became of a transaction whose COMMIT was not answered.
 
-        :raises StoreError: if the server cannot be asked, so that nobody knows.
+        :param number: the transaction's.
+        :param counting_since: the server's, when it had that number.
+        :raises StoreError: if the server cannot tell, so that nobody knows.
         """
         import tenacity
 
+        query = sa.text(f"SELECT pg_xact_status(CAST(:number AS xid8)), {COUNTING_SINCE}")
+
         def ask() -> str | None:
             with self._reader.connect() as connection:
-                query = sa.text("SELECT pg_xact_status(CAST(:number AS xid8))")
-                status: str | None = connection.execute(query, {"number": number}).scalar_one()
-                return status
+                try:
+                    status, since = connection.execute(query, {"number": number}).one()
+                except sa.exc.DataError:  # "is in the future": the server crashed and has lost all of it
+                    return "aborted"
+            if since == counting_since:
+                return str(status) if status else None
+            # A server that crashed gives the numbers again of which nothing had reached its disk: what was committed
+            # may be another transaction. What was not is neither that nor this one.
+            return None if status in ("committed", None) else "aborted"
 
         asking = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(sa.exc.DBAPIError)
@@ -196,6 +216,20 @@ class Postgres:
         if code in UNDONE or (self._opened and is_lost(error)):
             return TryAgain(f"{self.place}: {told}; nothing was changed")
         return StoreError(f"{self.place}: {told}; nothing was changed")
+
+    def run_alone(self, statement: str, *, patience_s: float = ALONE_S) -> None:
+        """Run a statement that wants no transaction around it.
+
+        :param patience_s: so long, at most, it waits for others, who may read for hours.
+        :raises StoreError: if they go on for longer, or it may not be done.
+        """
+        engine = self._writer.execution_options(isolation_level="AUTOCOMMIT")
+        with self._translated(), engine.connect() as connection:
+            connection.exec_driver_sql(f"SET lock_timeout = '{patience_s}s'")
+            try:
+                connection.exec_driver_sql(statement)
+            finally:
+                connection.exec_driver_sql("RESET lock_timeout")
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -282,7 +316,8 @@ class Postgres:
             broken = connection.exec_driver_sql(
                 "SELECT i.indexrelid::regclass::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
                 "WHERE c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
-                "AND NOT (i.indisvalid AND i.indisready)"
+                "AND NOT (i.indisvalid AND i.indisready) "
+                "AND c.relname !~ '^near_[0-9a-f]{12}_ns[0-9]+$'"  # which are made meanwhile, or anew
             ).scalars()
             found = [f"the index {name} is not valid; REINDEX it" for name in broken]
             failed = connection.exec_driver_sql(
@@ -318,7 +353,11 @@ class Postgres:
             "(SELECT relnamespace FROM pg_class WHERE oid = 'segments'::regclass) "
             "AND NOT (c.relrowsecurity AND c.relforcerowsecurity) ORDER BY 1"
         ).scalars()
-        return [*found, *(f"row-level security is off on {name}" for name in open_ones)]
+        found += [f"row-level security is off on {name}" for name in open_ones]
+        free = connection.exec_driver_sql(
+            "SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+        ).scalar_one()
+        return [*found, *(["row-level security does not bind this user; connect as an ordinary one"] if free else [])]
 
     def file_faults(self) -> tuple[list[str], list[str]]:
         """None: the files are the server's."""
@@ -345,46 +384,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _engine(address: sa.URL, isolation: Any, *, read_only: bool) -> sa.Engine:
-    from psycopg import Cursor
-    from psycopg.pq import Format
+def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "") -> tuple[Any, ...]:
+    """Tell the server, for this transaction, whose rows it is about.
 
-    class BinaryCursor(Cursor[Any]):
-        """Asks for results in binary: vectors would come as hexadecimal digits."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.format = Format.BINARY
-
-    engine = sa.create_engine(
-        address,
-        isolation_level=isolation,
-        pool_size=POOL,
-        max_overflow=MORE,
-        pool_timeout=LOCK_TIMEOUT_S,
-        pool_pre_ping=True,
-        hide_parameters=True,
-        connect_args={
-            "cursor_factory": BinaryCursor,
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "application_name": "memory_os",
-            **({} if "options" in address.query else {"options": OPTIONS}),
-        },
-    )
-    if read_only:
-
-        @sa.event.listens_for(engine, "connect")
-        def keep_from_writing(connection: psycopg.Connection[Any], _: object) -> None:
-            connection.read_only = True
-
-    return engine
-
-
-def _name(connection: sa.Connection, namespace: Namespace | None, also: str = "NULL") -> str:
-    """Tell the server, for this transaction, whose rows it is about; gives back what else was asked."""
+    :param also: what else is asked, with a comma before it; it stands after the first column of what is given back.
+    """
     told = "*" if namespace is None else as_labels(namespace)
-    query = sa.text(f"SELECT set_config('{SETTING}', :told, true), {also}")
-    return str(connection.execute(query, {"told": told}).one()[1])
+    query = sa.text(f"SELECT set_config('{SETTING}', :told, true){also}")
+    return tuple(connection.execute(query, {"told": told}).one())
 
 
 def _revision_of(connection: sa.Connection) -> str | None:

@@ -23,7 +23,10 @@ from memory_os.stores.rows import parts
 __all__ = ["add", "clear", "compact", "faults", "newest", "read", "remove"]
 
 PAIRS = "unnest(CAST(:terms AS bigint[]), CAST(:pks AS bigint[])) AS p(term, pk)"
-ADD_ENTRY = sa.text("INSERT INTO lexical (namespace_id, segment_pk, terms) VALUES (:ns, :pk, :terms)")
+ADD_ENTRIES = sa.text(
+    "INSERT INTO lexical (namespace_id, segment_pk, terms) "
+    "SELECT :ns, e.pk, e.terms FROM unnest(CAST(:pks AS bigint[]), CAST(:terms AS text[])) AS e(pk, terms)"
+)
 ADD_TERMS = sa.text(
     f"INSERT INTO postings (namespace_id, term, segment_pk) SELECT :ns, p.term, p.pk FROM {PAIRS} "
     "ON CONFLICT DO NOTHING"  # what is there of an entry that was lost
@@ -51,8 +54,10 @@ def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[st
     """Add entries, given as ``(segment's row, namespace's number, terms)``."""
     for ns, group in groupby(sorted(entries, key=itemgetter(1)), key=itemgetter(1)):
         theirs = [(pk, terms) for pk, _, terms in group]
-        connection.execute(ADD_ENTRY, [{"ns": ns, "pk": pk, "terms": " ".join(terms)} for pk, terms in theirs])
-        connection.execute(ADD_TERMS, _pairs(ns, theirs))
+        for part in parts(theirs):
+            lines = {"pks": [pk for pk, _ in part], "terms": [" ".join(terms) for _, terms in part]}
+            connection.execute(ADD_ENTRIES, {"ns": ns, **lines})
+            connection.execute(ADD_TERMS, _pairs(ns, part))
 
 
 def remove(connection: sa.Connection, ns: int, pks: Sequence[int]) -> list[int]:
@@ -97,8 +102,10 @@ def faults(connection: sa.Connection, ns: int) -> list[int]:
 
 
 def _pairs(ns: int, entries: Iterable[tuple[int, Sequence[str]]]) -> dict[str, Any]:
-    pairs = [(number, pk) for pk, terms in entries for number in _numbers(ns, terms)]
-    return {"ns": ns, "terms": [number for number, _ in pairs], "pks": [pk for _, pk in pairs]}
+    # in the order of the index; and written as the server reads them, as the driver takes longer over a list
+    pairs = sorted((number, pk) for pk, terms in entries for number in _numbers(ns, terms))
+    terms, pks = (",".join(str(pair[side]) for pair in pairs) for side in (0, 1))
+    return {"ns": ns, "terms": f"{{{terms}}}", "pks": f"{{{pks}}}"}
 
 
 def _numbers(ns: int, terms: Iterable[str]) -> Iterator[int]:

@@ -32,6 +32,7 @@ from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_d
 from memory_os.stores.namespaces import claim, locate
 from memory_os.stores.rows import (
     SEGMENT_COLUMNS,
+    VECTOR_COLUMNS,
     as_labels,
     as_seq,
     as_time,
@@ -651,20 +652,10 @@ class Records:
                 # the epoch stays: what is kept in memory of another embedder's vectors is still right
                 connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
                 made = set(connection.execute(select(vectors.c.segment_pk).where(theirs)).scalars())
-                new = [
-                    {
-                        "segment_pk": pk,
-                        "namespace_id": ns,
-                        "fingerprint": fingerprint,
-                        "vector": blobs[id_][0],
-                        "tokens": blobs[id_][1],
-                    }
-                    for pk, id_ in found
-                    if pk not in made
-                ]
+                new = [(ns, pk, fingerprint, *blobs[id_]) for pk, id_ in found if pk not in made]
                 n_new += len(new)
                 if new:
-                    connection.execute(vectors.insert(), new)
+                    insert_many(connection, vectors, VECTOR_COLUMNS, new)
                 done = own(pending, ns), pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK
                 connection.execute(pending.delete().where(*done))
         return n_new

@@ -16,8 +16,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from memory_os.types import Namespace, Segment
 
 __all__ = [
-    "SEGMENT_COLUMNS", "as_labels", "as_seq", "as_time", "holds", "insert", "insert_many", "own", "parts", "to_row",
-    "to_segment", "upsert",
+    "SEGMENT_COLUMNS", "VECTOR_COLUMNS", "as_labels", "as_seq", "as_time", "holds", "insert", "insert_many", "own",
+    "parts", "to_row", "to_segment", "upsert",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -116,21 +116,30 @@ def _utc(time: datetime) -> str:
 
 
 def insert_many(
-    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: list[tuple[Any, ...]]
+    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]
 ) -> None:
     """Insert rows by the driver alone: for thousands SQLAlchemy takes longer than the database.
 
     :param rows: in the order of the columns, each value as it stands in the file: JSON as text.
     """
-    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
-    marks = ", ".join([mark] * len(columns))
-    connection.exec_driver_sql(f"INSERT INTO {table.name} ({', '.join(columns)}) VALUES ({marks})", rows)
+    into = f"INSERT INTO {table.name} ({', '.join(columns)})"
+    if connection.dialect.name != "postgresql":
+        connection.exec_driver_sql(f"{into} VALUES ({', '.join('?' * len(columns))})", list(rows))
+        return
+    # a column at a time, by one statement: COPY is not for tables with row-level security
+    kinds = (table.c[name].type.compile(connection.dialect) for name in columns)
+    arrays = ", ".join(f"CAST(%s AS {kind}[])" for kind in kinds)
+    for part in parts(rows):
+        values = tuple(list(column) for column in zip(*part, strict=True))
+        connection.exec_driver_sql(f"{into} SELECT * FROM unnest({arrays})", values)
 
 
 SEGMENT_COLUMNS = (
     "id", "namespace_id", "seq", "session", "role", "speaker", "kind", "text", "created_at", "n_tokens", "source",
     "offset_start", "offset_end", "metadata", "key",
 )  # fmt: skip
+
+VECTOR_COLUMNS = ("namespace_id", "segment_pk", "fingerprint", "vector", "tokens")
 
 
 def to_row(segment: Segment, ns: int) -> tuple[Any, ...]:

@@ -177,6 +177,45 @@ def postgres_server() -> Iterator[PostgresServer]:
     server.remove()
 
 
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """One that the test may kill."""
+    server = PostgresServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def pooler(postgres_server: PostgresServer) -> Iterator[int]:
+    """The port of a PgBouncer before the server: each transaction gets one of three connections."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not program:
+        pytest.skip("needs the program pgbouncer")
+    port = _free_port()
+    settings = {
+        "listen_addr": "127.0.0.1", "listen_port": port, "unix_socket_dir": "", "auth_type": "plain",
+        "auth_file": postgres_server.folder / "users.txt", "pool_mode": "transaction", "default_pool_size": 3,
+    }  # fmt: skip
+    config = postgres_server.folder / "pooler.ini"
+    lines = (f"{name} = {value}" for name, value in settings.items())
+    config.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={postgres_server.port}\n[pgbouncer]\n" + "\n".join(lines) + "\n"
+    )
+    settings["auth_file"].write_text(f'"{PG_USER}" "{PG_PASSWORD}"\n')
+    process = subprocess.Popen([program, "-q", config], stderr=subprocess.DEVNULL, **AS_NOBODY)
+    end = time.monotonic() + 30
+    while True:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                break
+        assert process.poll() is None, "pgbouncer ended"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    yield port
+    process.kill()
+    process.wait()
+
+
 class NewPlace:
     """Makes empty databases of one kind: the path of a file that is not there yet, or a URL."""
 

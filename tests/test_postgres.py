@@ -6,7 +6,9 @@ forgetting, which run on both.
 
 import json
 import logging
+import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -34,6 +36,7 @@ from memory_os.stores.schema import metadata
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
+PASSWORD = "p%25w"
 COMMIT = b"COMMIT\0"  # the statement, and not the COMMITTED of another
 
 
@@ -114,7 +117,8 @@ def test_a_query_without_where_sees_nothing_of_another_namespace(postgres_server
             assert json.loads(labels) == list(ALICE)
             assert all(set(seen(table)) <= {mine} for table in tables)
             held = {table for table in tables if seen(table)}
-            assert {table.name for table in metadata.sorted_tables} - {"namespaces", "store", "bank", "pending"} <= held
+            nothing_there, of_all = {"bank", "pending"}, {"namespaces", "store"}
+            assert {table.name for table in metadata.sorted_tables} - nothing_there - of_all <= held
             assert {"lexical", "postings", "near"} <= held
             assert any(table.startswith("near_") and "_p" in table for table in held)  # a partition by its own name
             assert connection.exec_driver_sql("SELECT text FROM segments WHERE text LIKE '%%bob%%'").all() == []
@@ -159,7 +163,7 @@ def test_every_unique_key_holds_the_namespace_and_a_namespace_lies_in_one_partit
             ).all()
             assert len(keys) > 100
             others = {table for table, made in keys if "(namespace_id" not in made}
-            assert others == {"namespaces", "store", "alembic_version"}
+            assert others == {"namespaces", "alembic_version", "store"}  # of which every machine has a copy
             for table in ("segments", "vectors", "lexical", "postings"):
                 where = connection.exec_driver_sql(f"SELECT namespace_id, tableoid::regclass::text FROM {table}").all()
                 assert len({ns for ns, _ in where}) == 40
@@ -197,6 +201,7 @@ def test_a_statement_reads_one_partition(store):
             parts = {word.partition("_p")[2] for word in plan.replace("(", " ").split() if "_p" in word and
                      word.startswith(("segments_p", "vectors_p", "lexical_p", "postings_p"))}  # fmt: skip
             assert len({part.partition("_")[0] for part in parts}) == 1, plan
+            assert "Bitmap" not in plan  # a namespace's last row is found without all the others
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(url):
@@ -383,6 +388,97 @@ def test_nobody_says_stored_or_not_stored_where_nobody_knows(far, network, monke
         add(far, ALICE, "perhaps")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["meanwhile", "never"])
+def test_a_crashed_server_that_gives_a_number_twice_does_not_pass_for_one_that_stored(own_postgres, other):
+    """Of the first transaction nothing had reached the disk, so that another one gets its number, and commits."""
+    own_postgres.admin("ALTER SYSTEM SET wal_writer_delay = '10s'", "SELECT pg_reload_conf()")
+    url = own_postgres.url(own_postgres.new())
+    one, two = (Records(Postgres(url), count_tokens=len) for _ in range(2))
+    add(one, ALICE, "before")
+    add(two, BOB, "before")
+    inner = one.database.write
+    numbers: list[str] = []
+    number = "SELECT CAST(pg_current_xact_id() AS text)"
+
+    @contextmanager
+    def crashing(namespace):
+        with two.database._reader.connect() as watch, inner(namespace) as connection:
+            yield connection
+            one.database.write = inner
+            numbers[:] = [connection.exec_driver_sql(number).scalar_one()]
+            os.kill(connection.connection.driver_connection.info.backend_pid, signal.SIGKILL)
+            with suppress(sa.exc.DBAPIError):
+                while True:  # until the server has noticed, and thrown everybody out
+                    watch.exec_driver_sql("SELECT 1")
+            while other == "meanwhile" and len(numbers) == 1:
+                with suppress(StoreError), two.database.write(BOB) as next_one:
+                    claim(next_one, BOB)
+                    numbers.append(next_one.exec_driver_sql(number).scalar_one())
+
+    stored, n_given_twice = ["before"], 0
+    while n_given_twice == 0:  # or something had reached the disk all the same, and there is nothing to be seen
+        one.database.write = crashing
+        said = f"after {len(stored)}"
+        told = ""
+        try:
+            add(one, ALICE, said)
+            stored.append(said)
+        except StoreError as error:
+            told = str(error)
+        assert ("cannot be asked whether it was; look for it" in told) == (numbers[0] in numbers[1:]), told
+        assert texts(one, ALICE) == stored
+        n_given_twice += other == "never" or numbers[0] in numbers[1:]
+        assert len(stored) < 9
+    one.close()
+    two.close()
+
+
+# -- a pooler between client and server ------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_in_a_connection_that_a_pooler_may_give_to_another(url, store):
+    """What is set is set for a transaction, nothing is prepared, and nothing is asked for as a connection begins."""
+    add(store, ALICE, "kite")
+    asked = "SELECT current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout')"
+    for door in (store.database.read, store.database.write):
+        for _ in range(20):
+            with door(ALICE) as connection:
+                limits = connection.exec_driver_sql(asked).one()
+        assert tuple(limits) == ("1min", "1min")
+    for engine in (store.database._reader, store.database._writer):
+        with engine.connect() as connection:
+            assert tuple(connection.exec_driver_sql(asked).one()) == ("0", "0")
+            assert connection.exec_driver_sql("SELECT current_setting('memos.namespace', true)").scalar() in (None, "")
+            assert connection.exec_driver_sql("SELECT count(*) FROM pg_prepared_statements").scalar() == 0
+            assert not connection.connection.driver_connection.info.get_parameters().get("options")
+
+
+@pytest.mark.parametrize("vectors", ["exact", "pgvector"])
+def test_behind_a_pooler_of_transactions_all_goes_as_without(postgres_server, pooler, url, vectors):
+    failed: list[BaseException] = []
+    with Memory.open(url.replace(str(postgres_server.port), str(pooler)), embedder="hash", vectors=vectors) as memory:
+
+        def work(n: int) -> None:
+            try:
+                scope = memory.namespace(str(n % 3))
+                for i in range(8):
+                    added = scope.add(f"kite {n} of {i}")
+                    assert added in [hit.segment for hit in scope.nearest(added.text, k=50)]
+                    assert added in [hit.segment for hit in scope.search(added.text, k=50)]
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert [segment.seq for segment in memory.namespace("1").history(99)] == list(range(1, 25))
+        assert memory.namespace("1").forget(everything=True)["unfinished"] == 0
+
+
 # -- clear errors ------------------------------------------------------------------------------------------------------
 
 
@@ -409,11 +505,60 @@ def test_what_keeps_from_connecting_is_one_clear_error_without_the_password(post
     assert "secret-pw" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (lambda url: re.sub(r":\d+/", ":port/", url), "cannot open .*the port in digits"),
+        (lambda url: re.sub(r":\d+/", ":/", url), "cannot open .*the port in digits"),
+        (lambda url: f"{url}?autocommit=true", "has no setting 'autocommit'; leave it out"),
+        (lambda url: f"{url}?row_factory=x&sslmode=prefer", "has no setting 'row_factory'"),
+        (lambda url: f"{url}?nonsense=1", "has no setting 'nonsense'"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_one_clear_error(url, changed, problem):
+    with pytest.raises(StoreError, match=problem) as caught:
+        Memory.open(changed(url), embedder="hash")
+    assert PASSWORD not in str(caught.value) + repr(caught.value.__cause__) + repr(caught.value.__context__)
+
+
+def test_what_the_url_and_the_environment_set_is_heeded_where_it_does_no_harm(url, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    opened = Records(Postgres(f"{url}?client_encoding=latin1&application_name=mine&sslmode=prefer"), count_tokens=len)
+    add(opened, ALICE, "\u98ce\u7b5d \U0001fa81")
+    assert texts(opened, ALICE) == ["\u98ce\u7b5d \U0001fa81"]
+    with opened.database.read() as connection:
+        assert connection.exec_driver_sql("SHOW application_name").scalar_one() == "mine"
+    opened.close()
+
+
 def test_a_user_who_may_not_make_tables_is_told_so(postgres_server):
     name = postgres_server.new("template0")
     postgres_server.admin("CREATE ROLE stranger LOGIN PASSWORD 's'")
     with pytest.raises(StoreError, match=r"may not do this.*let it own the database"):
         Postgres(postgres_server.url(name, "stranger", "s"))
+
+
+def test_a_database_that_can_only_be_read_is_read_and_says_so(postgres_server, url, store):
+    add(store, ALICE, "kite")
+    postgres_server.admin(f"ALTER DATABASE {name_of(url)} SET default_transaction_read_only = on")
+    again = Records(Postgres(url), count_tokens=len)
+    assert texts(again, ALICE) == ["kite"]
+    with pytest.raises(StoreError, match=r"can only be read; connect to the primary.*nothing was changed"):
+        add(again, ALICE, "boat")
+    again.close()
+
+
+def test_the_doctor_names_a_user_whom_row_level_security_does_not_bind(postgres_server, url):
+    name = name_of(url)
+    postgres_server.admin(
+        f"CREATE ROLE free_{name} LOGIN BYPASSRLS PASSWORD 'f'",
+        f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO free_{name}",
+        database=name,
+    )
+    for address, warned in ((url, False), (postgres_server.url(name, f"free_{name}", "f"), True)):
+        with Memory.open(address, embedder="hash") as memory:
+            found = memory.check(deep=True)["settings"]
+            assert ("row-level security does not bind this user; connect as an ordinary one" in found) == warned
 
 
 def test_another_encoding_is_refused(postgres_server):
@@ -708,10 +853,23 @@ def unit(rng: np.random.Generator, n: int, d: int = 24) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
+def put(store: Records, namespace, rows: np.ndarray) -> list[str]:
+    ids = add(store, namespace, *["t"] * len(rows))
+    store.put_vectors(namespace, "f", ids, rows)
+    return ids
+
+
+def graphs(store: Records) -> list[str]:
+    """Those that are whole."""
+    with store.database.read() as connection:
+        found = connection.exec_driver_sql("SELECT indexrelid::regclass::text FROM pg_index WHERE indisvalid").scalars()
+        return [name for name in found if re.search("_ns[0-9]+$", name)]
+
+
 @pytest.mark.slow
-def test_a_small_namespace_in_a_large_partition_is_found_by_the_graph_too(url, store, monkeypatch):
-    """Without iterative scans the graph's nearest are all of the large namespace, and little is left of the small."""
-    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 0)
+def test_a_namespace_is_found_by_a_graph_of_its_own_whatever_lies_beside_it(store, monkeypatch):
+    """By one graph for all, the nearest of a small namespace would be among those of a large one, many missed."""
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 100)
     rng = np.random.default_rng(11)
     large, small = ("large",), None
     add(store, large, "x")
@@ -723,34 +881,82 @@ def test_a_small_namespace_in_a_large_partition_is_found_by_the_graph_too(url, s
                 small = (str(n),)
                 break
     assert small
-    sizes = {large: 6000, small: 150}
-    rows = {namespace: unit(rng, n) for namespace, n in sizes.items()}
-    ids = {}
-    for namespace, n in sizes.items():
-        ids[namespace] = add(store, namespace, *["t"] * n)
-        store.put_vectors(namespace, "f", ids[namespace], rows[namespace])
+    rows = {namespace: unit(rng, n) for namespace, n in {large: 6000, small: 150}.items()}
+    ids = {namespace: put(store, namespace, theirs) for namespace, theirs in rows.items()}
     index = PgVectorIndex(store.database, fingerprint="f")
-    for namespace in sizes:
+    plans = []
+    sa.event.listen(store.database._reader, "before_cursor_execute", lambda *told: plans.append(told[2:4]))
+    for namespace, theirs in rows.items():
         index.sync(namespace)
-    with store.database.write() as connection:
-        connection.exec_driver_sql("ANALYZE")
-    walking = Postgres(f"{url}?options=-cenable_sort%3Doff")  # left to itself, the planner sorts so few
-    with walking.read(small) as connection:
-        number = numbers[json.dumps(small)]
-        near = f"FROM {index._table} WHERE namespace_id = {number} ORDER BY vector <#> '{[0.5] * 24}' LIMIT 10"
-        plan = " ".join(map(str, connection.exec_driver_sql(f"EXPLAIN SELECT segment_pk {near}").scalars()))
-        assert "vector_idx" in plan  # so that what is asked here is the graph, under the policies
-    for database in (store.database, walking):
-        index = PgVectorIndex(database, fingerprint="f")
-        for namespace in sizes:
-            hits = 0
-            for query in unit(rng, 20):
-                best = {ids[namespace][i] for i in np.argsort(-(rows[namespace] @ query))[:10]}
-                found = index.search(namespace, query, 10)
-                assert len(found) == 10
-                hits += len(best & {id_ for id_, _ in found})
-            assert hits >= 0.9 * 200, namespace
-    walking.close()
+        hits = 0
+        for query in unit(rng, 20):
+            best = {ids[namespace][i] for i in np.argsort(-(theirs @ query))[:10]}
+            found = index.search(namespace, query, 10)
+            assert len(found) == 10
+            hits += len(best & {id_ for id_, _ in found})
+        assert hits >= 0.97 * 200, namespace
+        statement, told = plans[-1]
+        with store.database.read(namespace) as connection:
+            wanted = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in pgvector.WALKING.items())
+            connection.exec_driver_sql(f"SELECT {wanted}")
+            plan = " ".join(map(str, connection.exec_driver_sql(f"EXPLAIN {statement}", told).scalars()))
+        assert f"Index Scan using {index._table}_ns{numbers[json.dumps(namespace)]} on" in plan
+
+
+def test_a_graph_is_made_when_a_namespace_has_grown_and_again_where_its_maker_was_killed(
+    postgres_server, url, store, monkeypatch
+):
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 20)
+    rng = np.random.default_rng(3)
+
+    def check(expected: int) -> None:
+        index = PgVectorIndex(store.database, fingerprint="f")
+        index.sync(ALICE)
+        assert len(graphs(store)) == expected
+        query = unit(rng, 1)[0]
+        found = index.search(ALICE, query, 5)
+        everything = store.read_vectors(ALICE, "f")
+        best = np.argsort(-(everything[2] @ query))[:5]
+        assert [id_ for id_, _ in found] == [everything[0][i] for i in best]
+        upto = everything[1][9]
+        assert {id_ for id_, _ in index.search(ALICE, query, 99, upto=upto)} == set(everything[0][:10])
+        assert store.database.damage(deep=True) == []
+
+    put(store, ALICE, unit(rng, 20))
+    check(0)
+    put(store, ALICE, unit(rng, 1))
+    check(1)
+    killed = "UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text ~ '_ns[0-9]+$'"
+    postgres_server.admin(killed, database=name_of(url))
+    assert graphs(store) == []
+    check(0)
+    put(store, ALICE, unit(rng, 1))
+    check(1)
+    PgVectorIndex(store.database, fingerprint="f").drop(ALICE)
+    assert graphs(store) == []
+    check(1)
+
+
+def test_where_a_graph_cannot_be_made_nothing_waits_for_it_and_searches_are_exact(url, store, monkeypatch, caplog):
+    monkeypatch.setattr(pgvector, "EXACT_UP_TO", 20)
+    monkeypatch.setattr(Postgres.run_alone, "__kwdefaults__", {"patience_s": 0.2})
+    rows = unit(np.random.default_rng(3), 30)
+    ids = put(store, ALICE, rows[:10])
+    index = PgVectorIndex(store.database, fingerprint="f")
+    index.sync(ALICE)
+    with store.database.write(BOB) as reader:  # somebody who is at it for long
+        reader.exec_driver_sql(f"SELECT count(*) FROM {index._table}")
+        ids += put(store, ALICE, rows[10:])
+        index.sync(ALICE)
+        assert "searched without a graph, exactly" in caplog.text
+        assert graphs(store) == []
+        best = np.argsort(-(rows @ rows[4]))[:9]
+        assert [id_ for id_, _ in index.search(ALICE, rows[4], 9)] == [ids[i] for i in best]
+    another = PgVectorIndex(Postgres(url), fingerprint="f")
+    put(store, ALICE, rows[:1])
+    another.sync(ALICE)
+    assert len(graphs(store)) == 1
+    another._database.close()
 
 
 def test_another_process_that_forgets_is_followed(url):
