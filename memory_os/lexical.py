@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import regex
 
-__all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
+__all__ = ["K1", "STOP_WORDS", "TIME_TERMS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
 
 K1, B = 1.2, 0.75
 
@@ -128,6 +128,15 @@ def bm25(document: Sequence[str], weights: Mapping[str, float], mean_length: flo
     counts = Counter(term for term in document if term in weights)
     norm = K1 * (1.0 - B + B * len(document) / mean_length)
     return sum(weights[term] * n * (K1 + 1.0) / (n + norm) for term, n in counts.items())
+
+
+TIME_TERMS = frozenset(map(str, range(1900, 2100))) | frozenset(
+    stem(word)
+    for word in """yesterday today tonight tomorrow last next ago week weekend month year day recently morning evening
+    since soon monday tuesday wednesday thursday friday saturday sunday january february march april june july august
+    september october november december 昨天 今天 明天 上周 下周 去年 今年 明年 上个 星期 周末""".split()
+)
+"""Terms of a text that says when something was or will be."""
 
 
 def language_of(text: str) -> Literal["en", "zh"]:

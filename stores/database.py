@@ -21,7 +21,7 @@ from sqlalchemy import event
 from memory_os.errors import SchemaError, StoreError
 from memory_os.stores import chroma, files, scrub, vectorfile
 from memory_os.stores.backup import back_up
-from memory_os.stores.schema import HEAD
+from memory_os.stores.schema import HEAD, PLACES
 
 __all__ = ["Database"]
 
@@ -255,6 +255,7 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
             _turn_to_log(connection)
         elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
+    connection.execute(f"CREATE VIRTUAL TABLE {PLACES} USING fts5vocab(main, lexical, instance)")
 
 
 def _turn_to_log(connection: sqlite3.Connection) -> None:

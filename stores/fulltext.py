@@ -6,6 +6,7 @@ The namespace's number is part of every term, so that a search cannot reach anot
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,9 +14,12 @@ from sqlalchemy import select
 
 from memory_os.lexical import bm25, idf, query_terms, terms_of
 from memory_os.stores.rows import parts
-from memory_os.stores.schema import namespaces, segments
+from memory_os.stores.schema import PLACES, namespaces, segments
 
-__all__ = ["add", "clear", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
+__all__ = [
+    "add", "clear", "compact", "holding", "lengths", "postings", "read", "recount", "remove", "rewrite", "search",
+    "unheard",
+]  # fmt: skip
 
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
@@ -73,6 +77,33 @@ def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, li
         # no term has an underscore in it, so that this finds the prefixes and nothing else
         found.update((pk, f" {terms}".replace(prefix, " ").split()) for pk, terms in rows)
     return found
+
+
+def lengths(connection: sa.Connection, pks: Sequence[int]) -> dict[int, int]:
+    """How many terms these entries have, by row."""
+    found: dict[int, int] = {}
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = _fetched(connection, f"SELECT id, sz FROM lexical_docsize WHERE id IN ({marks})", tuple(part))
+        found.update((pk, size[0] if len(size) == 1 else _number(size)) for pk, size in rows)
+    return found
+
+
+def _number(size: bytes) -> int:
+    """A number as FTS5 writes it: seven bits a byte, the highest first."""
+    return reduce(lambda number, byte: number << 7 | byte & 0x7F, size, 0)
+
+
+def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
+    """Rows after row ``after`` that hold any of the terms, rising."""
+    any_of = " OR ".join(f'"{ns}_{term}"' for term in terms)
+    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid > ? ORDER BY rowid"
+    return [pk for (pk,) in _fetched(connection, query, (any_of, after))]
+
+
+def postings(connection: sa.Connection, ns: int, term: str) -> list[int]:
+    """Rows that hold the term, rising, each as often as it stands there."""
+    return [pk for (pk,) in _fetched(connection, f"SELECT doc FROM {PLACES} WHERE term = ?", (f"{ns}_{term}",))]
 
 
 def search(connection: sa.Connection, ns: int, text: str, k: int, bound: int) -> list[tuple[str, float]]:

@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 __all__ = [
     "HEAD",
+    "PLACES",
     "SUMMARY_TASK",
     "VECTOR_TASK",
     "activations",
@@ -52,6 +53,9 @@ VECTOR_TASK = "vector"
 
 SUMMARY_TASK = "summary"
 """The pending task of summarising a segment."""
+
+PLACES = "temp.lexical_places"
+"""Where each term of the lexical index stands: a view of FTS5's, made for each connection."""
 
 metadata = MetaData()
 

@@ -23,8 +23,8 @@ from sqlalchemy import func, select
 
 from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
-from memory_os.lexical import terms_of
-from memory_os.protocols import Deleted, Profile, State, VectorRows
+from memory_os.lexical import TIME_TERMS, terms_of
+from memory_os.protocols import Deleted, Profiles, State, VectorRows
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
 from memory_os.stores import digest, forgetting, fulltext, manifest, residue, scrub, tombstones
 from memory_os.stores import items as item_rows
@@ -572,8 +572,10 @@ class SqliteStore:
                 stale = connection.execute(query).scalar_one()
         return State._make(number or 0 for number in (*numbers, listed + stale, stale))
 
-    def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
-        """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
+    def read_profiles(self, namespace: Namespace, after: int = 0) -> Profiles:
+        """What recall keeps in memory of the segments added after row ``after``."""
+        import numpy as np
+
         with self.database.read() as connection:
             ns = self._namespace_id(connection, namespace)
             asks = sa.or_(*(func.rtrim(segments.c.text).like(f"%{mark}") for mark in "?？"))
@@ -581,29 +583,39 @@ class SqliteStore:
             # a question names people, and not "summary of jane_eyre.txt"
             who = sa.case((c.kind == "summary", c.role), else_=func.coalesce(c.speaker, c.role))
             written = sa.type_coerce(c.metadata, sa.Text)
-            echo = sa.case((written.contains(f'"{FIELD}"'), written))
+            echo = sa.case((sa.and_(c.role == "assistant", written.contains(f'"{FIELD}"')), written))
             rows = connection.execute(
                 select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant", echo)
                 .where(c.namespace_id == ns, c.pk > after)
                 .order_by(c.seq)
             ).all()
-            terms = fulltext.read(connection, ns, [row.pk for row in rows])
-        return [
-            Profile(
-                row=pk,
-                id=id_,
-                seq=seq,
-                session=session,
-                who=by,
-                day=_day(created_at[:10]),
-                n_tokens=n_tokens,
-                asks=bool(ends),
-                replies=bool(replies),
-                terms=terms.get(pk, []),
-                repeats=repeated_by(json.loads(metadata)) if replies and metadata else (),
+            pks, ids, seqs, sessions, by, times, n_tokens, ends, replies, echoes = (
+                zip(*rows, strict=True) if rows else [()] * 10
             )
-            for pk, id_, seq, session, by, created_at, n_tokens, ends, replies, metadata in rows
-        ]
+            n_terms = fulltext.lengths(connection, pks)
+            timed = set(fulltext.holding(connection, ns, TIME_TERMS, after))
+        return Profiles(
+            rows=np.array(pks, dtype=np.int64),
+            ids=ids,
+            seqs=seqs,
+            sessions=sessions,
+            who=by,
+            days=[_day(time[:10]) for time in times],
+            n_tokens=n_tokens,
+            n_terms=[n_terms.get(pk, 0) for pk in pks],
+            asks=ends,
+            replies=replies,
+            timed=[pk in timed for pk in pks],
+            repeats={n: repeated_by(json.loads(metadata)) for n, metadata in enumerate(echoes) if metadata},
+        )
+
+    def postings(self, namespace: Namespace, terms: Iterable[str]) -> dict[str, NDArray[np.int64]]:
+        """The rows in which each of these terms stands, rising, each as often as it does there."""
+        import numpy as np
+
+        with self.database.read() as connection:
+            ns = self._namespace_id(connection, namespace)
+            return {term: np.array(fulltext.postings(connection, ns, term), dtype=np.int64) for term in terms}
 
     def pending(
         self, namespace: Namespace, fingerprint: str, limit: int, *, newest: bool = False, stale: bool = True
