@@ -35,12 +35,11 @@ MAX_NAMESPACES = 64
 MAX_ROWS = 400_000
 """So many segments of all namespaces together: under a gigabyte. The namespace in use is kept whatever its size."""
 MAX_SEGMENTS_HELD = 20_000
-MAX_POSTINGS = 1_000_000
+MAX_PLACES = 1_000_000
 """So many places of terms are kept at most, and those of one more question."""
 
 
 COLUMNS = [
-    ("row", "int64"),  # the store's number
     ("seq", "int64"),
     ("session", "int64"),  # numbered in the order of appearance, as is "who"
     ("who", "int64"),
@@ -106,7 +105,9 @@ class Corpus:
         self._postings: dict[str, tuple[Ints, Vector]] = {}  # of the latest questions' terms
         self._segments: dict[int, Segment | None] = {}
         self._made: dict[str, tuple[int, Any]] = {}
+        self._n_places = 0  # in them, about
         self._rows = Column(COLUMNS)
+        self._numbers = Column("int64")  # the store's, by row
         self._tokens = Column("int8", width)
 
     @property
@@ -140,13 +141,14 @@ class Corpus:
         self.last_segment = int(profiles.rows[-1])
         self._postings.clear()
         for name, values in {
-            "row": profiles.rows, "seq": profiles.seqs, "day": profiles.days, "n_terms": profiles.n_terms,
+            "seq": profiles.seqs, "day": profiles.days, "n_terms": profiles.n_terms,
             "n_tokens": profiles.n_tokens, "asks": profiles.asks, "replies": profiles.replies, "timed": profiles.timed,
             "session": _numbered(profiles.sessions, self._sessions), "who": _numbered(profiles.who, self.speakers),
         }.items():  # fmt: skip
             new[name] = values
         self._join(new, n)
         self._rows.extend(new)
+        self._numbers.extend(profiles.rows)
         self.row_of.update(zip(profiles.ids, range(n, n + len(new)), strict=True))
         self.ids.extend(profiles.ids)
         for row, repeated in ((n + place, ids) for place, ids in profiles.repeats.items()):
@@ -203,16 +205,19 @@ class Corpus:
         missing = [term for term in dict.fromkeys(terms) if term not in self._postings]
         if not missing:
             return
-        if sum(len(rows) for rows, _ in self._postings.values()) > MAX_POSTINGS:
+        if self._n_places > MAX_PLACES:
             self._postings.clear()
-        self._postings.update((term, self._counted(rows)) for term, rows in self._read(missing).items())
+            self._n_places = 0
+        for term, places in self._read(missing).items():
+            self._postings[term] = self._counted(places)
+            self._n_places += len(places)
 
     def _counted(self, found: Ints) -> tuple[Ints, Vector]:
         import numpy as np
 
         starts = np.flatnonzero(np.diff(found, prepend=-1))
         occurrences = np.diff(starts, append=len(found)).astype(np.float32)
-        numbers = self.rows["row"]
+        numbers = self._numbers.values
         rows = np.searchsorted(numbers, found[starts])
         # another process may have added some that are not read yet
         there = rows < len(numbers)

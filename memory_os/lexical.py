@@ -13,8 +13,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import regex
@@ -22,6 +22,8 @@ import regex
 __all__ = ["K1", "STOP_WORDS", "TIME_TERMS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
 
 K1, B = 1.2, 0.75
+MAX_STEMS = 200_000
+"""So many are remembered."""
 
 _PAIRS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u30fc"
 _TRIPLES = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -51,12 +53,18 @@ def _stemmer() -> Any:
     return snowballstemmer.stemmer("english")
 
 
-@lru_cache(maxsize=100_000)
-def stem(word: str) -> str:
-    """The stem of a case-folded word."""
-    if word.isdecimal():
-        return word
-    return str(_stemmer().stemWord(word))
+class _Stems(dict[str, str]):
+    """Stems by word: as a cache of functools, without the order of use, which costs more than the look-up."""
+
+    def __missing__(self, word: str) -> str:
+        if len(self) >= MAX_STEMS:
+            self.clear()
+        stem = self[word] = word if word.isdecimal() else str(_stemmer().stemWord(word))
+        return stem
+
+
+stem: Callable[[str], str] = _Stems().__getitem__
+"""The stem of a case-folded word."""
 
 
 def _words(text: str) -> Iterable[tuple[str, str]]:

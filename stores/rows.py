@@ -12,7 +12,10 @@ import sqlalchemy as sa
 
 from memory_os.types import Namespace, Segment
 
-__all__ = ["SEGMENT_COLUMNS", "as_labels", "as_seq", "as_time", "insert_many", "parts", "to_row", "to_segment"]
+__all__ = [
+    "SEGMENT_COLUMNS", "VECTOR_COLUMNS", "among", "as_labels", "as_seq", "as_time", "insert_many", "parts", "to_row",
+    "to_segment",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -28,6 +31,14 @@ def parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """The values in runs that fit one query."""
     for start in range(0, len(values), IN_LIMIT):
         yield values[start : start + IN_LIMIT]
+
+
+def among(column: sa.Column[Any], pks: Sequence[int]) -> sa.ColumnElement[bool]:
+    """As ``column IN pks``; a run without gaps is named by its ends, as each value takes SQLAlchemy two microseconds.
+
+    :param pks: rising; at least one.
+    """
+    return column.between(pks[0], pks[-1]) if pks[-1] - pks[0] == len(pks) - 1 else column.in_(pks)
 
 
 def as_seq(ref: str) -> int | None:
@@ -62,6 +73,8 @@ SEGMENT_COLUMNS = (
     "id", "namespace_id", "seq", "session", "role", "speaker", "kind", "text", "created_at", "n_tokens", "source",
     "offset_start", "offset_end", "metadata", "key",
 )  # fmt: skip
+
+VECTOR_COLUMNS = ("segment_pk", "namespace_id", "fingerprint", "vector", "tokens")
 
 
 def to_row(segment: Segment, ns: int) -> tuple[Any, ...]:

@@ -32,6 +32,8 @@ from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_d
 from memory_os.stores.database import Database
 from memory_os.stores.rows import (
     SEGMENT_COLUMNS,
+    VECTOR_COLUMNS,
+    among,
     as_labels,
     as_seq,
     as_time,
@@ -658,38 +660,32 @@ class SqliteStore:
         They take the place of another embedder's; one that is there under the same fingerprint stays.
         """
         by_token: Sequence[bytes | None] = tokens or [None] * len(ids)
-        rows = zip(ids, matrix, by_token, strict=True)
         n_new = 0
-        blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
+        blobs = {
+            id_: (row.tobytes(), codes) for id_, row, codes in zip(ids, matrix.astype("<f4"), by_token, strict=True)
+        }
         with self.database.write() as connection:
             ns = self._namespace_id(connection, namespace)
             for part in parts(list(blobs)):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
                 )
-                found = connection.execute(query).all()
-                pks = [row.pk for row in found]
+                id_of: dict[int, str] = dict(sorted(map(tuple, connection.execute(query))))
+                pks = list(id_of)
                 if not pks:
                     continue
-                theirs = vectors.c.segment_pk.in_(pks)
-                # the epoch stays: what is kept in memory of another embedder's vectors is still right
-                connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
-                made = set(connection.execute(select(vectors.c.segment_pk).where(theirs)).scalars())
-                new = [
-                    {
-                        "segment_pk": pk,
-                        "namespace_id": ns,
-                        "fingerprint": fingerprint,
-                        "vector": blobs[id_][0],
-                        "tokens": blobs[id_][1],
-                    }
-                    for pk, id_ in found
-                    if pk not in made
-                ]
+                theirs = among(vectors.c.segment_pk, pks)
+                there = connection.execute(select(vectors.c.segment_pk, vectors.c.fingerprint).where(theirs)).all()
+                if any(other != fingerprint for _, other in there):
+                    # the epoch stays: what is kept in memory of another embedder's vectors is still right
+                    connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
+                made = {pk for pk, other in there if other == fingerprint}
+                new = [(pk, ns, fingerprint, *blobs[id_of[pk]]) for pk in pks if pk not in made]
                 n_new += len(new)
                 if new:
-                    connection.execute(vectors.insert(), new)
-                connection.execute(pending.delete().where(pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK))
+                    insert_many(connection, vectors, VECTOR_COLUMNS, new)
+                done = among(pending.c.segment_pk, pks), pending.c.task == VECTOR_TASK
+                connection.execute(pending.delete().where(*done))
         return n_new
 
     # -- summaries and activations -------------------------------------------------------------------------------
