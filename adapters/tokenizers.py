@@ -64,6 +64,8 @@ class TiktokenCounter:
             )
         self.name = model_or_encoding
         self._offline_name = _offline_name(encoding)
+        if encoding != "cl100k_base":
+            self.count_text("")  # a file of the user's, which may be damaged: that is said now
 
     @cached_property
     def _encoding(self) -> Encoding:
