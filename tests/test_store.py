@@ -377,3 +377,19 @@ def test_what_recall_is_told_of_segments_is_what_their_terms_say(store):
     assert {term: [seq_of[row] for row in rows.tolist()] for term, rows in found.items()} == {
         term: [seq for seq, those in terms.items() for each in those if each == term] for term in wanted
     }
+
+
+@pytest.mark.parametrize("which", [(0, 2), (3, 1), (1, 2, 3), (4,)])
+def test_vectors_strike_off_their_own_work_and_no_other(store, which):
+    stored = store.append(ALICE, turns("a", "b", "c", "d", "e"))
+    store.put_vectors(ALICE, "old", [segment.id for segment in stored], np.eye(5, dtype=np.float32))
+    chosen = [stored[i].id for i in which]
+    assert store.put_vectors(ALICE, "new", chosen, np.eye(5, dtype=np.float32)[list(which)]) == len(which)
+    assert store.put_vectors(ALICE, "new", chosen, np.eye(5, dtype=np.float32)[list(which)]) == 0
+    for name, ids in ("new", chosen), ("old", [segment.id for segment in stored if segment.id not in chosen]):
+        assert sorted(store.read_vectors(ALICE, name)[0]) == sorted(ids)
+    for segment, vector in zip(*store.vectors_of(ALICE, "new", chosen)[::2], strict=True):
+        assert vector[[each.id for each in stored].index(segment)] == 1.0
+    more = store.append(ALICE, turns("f", "g", "h"))
+    store.put_vectors(ALICE, "new", [more[0].id, more[2].id], np.eye(5, dtype=np.float32)[:2])
+    assert [segment.id for segment in store.pending(ALICE, "new", 9, stale=False)] == [more[1].id]
