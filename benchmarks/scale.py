@@ -108,13 +108,16 @@ def _measured(job: Mapping[str, Any], limit_s: float | None, folder: Path | None
     with tempfile.TemporaryDirectory(dir=folder) as place:
         told = {**job, "folder": place}
         start = time.monotonic()
+        figures: dict[str, Any] = {}
         try:
             figures = _in_a_process({**told, "step": "store"}, limit_s)
             if SYSTEMS[job["system"]].persistent:
                 left = None if limit_s is None else max(limit_s - (time.monotonic() - start), 1.0)
                 figures |= _in_a_process({**told, "step": "open"}, left)
-        except subprocess.TimeoutExpired:
-            return {"stopped": f"over the limit of {limit_s:.0f} s"}
+        except subprocess.TimeoutExpired as error:
+            lines = (error.stdout or b"").splitlines()
+            stored = job["size"] if figures else json.loads(lines[-1])["stored"] if lines else 0
+            return {"stopped": f"after {limit_s:.0f} s, with {stored:,} of {job['size']:,} stored"}
         except subprocess.CalledProcessError as error:
             if job["system"] == OURS:
                 raise
@@ -141,9 +144,22 @@ def _in_a_process(job: Mapping[str, Any], limit_s: float | None) -> dict[str, An
 def work() -> None:
     """Do the step that the command line describes, and print its figures as JSON."""
     job = json.loads(sys.argv[1])
+    if job["system"] != OURS:
+        _bound_memory()
     system = SYSTEMS[job["system"]](Path(job["folder"]))
     figures = _stored(system, job) if job["step"] == "store" else _opened(system, job)
     print(json.dumps(figures))
+
+
+def _bound_memory() -> None:
+    """A peer that needs more than half of the machine's memory fails, and not the machine."""
+    try:
+        import resource
+
+        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        resource.setrlimit(resource.RLIMIT_DATA, (half, half))
+    except (ImportError, ValueError, OSError):  # no such limit on this system
+        pass
 
 
 def _stored(system: System, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +170,7 @@ def _stored(system: System, job: Mapping[str, Any]) -> dict[str, Any]:
     spent = busy = 0.0
     parts: dict[str, float] = {}
     before = _resident()
+    stored = 0
     system.open()
     texts, vectors = data.block(0)  # a first batch apart: tokenizers and libraries are loaded by it
     system.encoder.learn(texts[:WARM_UP], vectors[:WARM_UP])
@@ -167,6 +184,8 @@ def _stored(system: System, job: Mapping[str, Any]) -> dict[str, Any]:
             spent += time.perf_counter() - start
             busy += time.process_time() - cpu
             system.encoder.forget(texts)
+            stored += len(texts)
+            print(json.dumps({"stored": stored}), flush=True)  # for who stops this process
     start = time.perf_counter()
     system.settle(["n0"])
     settled = time.perf_counter() - start

@@ -444,7 +444,8 @@ def scale(
 ) -> None:
     """Measure what a memory costs as it grows: ingest, search, context, cold start and bytes, beside peers.
 
-    Texts and vectors are made up from the seed, and no encoder takes part. With 1M segments it takes an hour.
+    Texts and vectors are made up from the seed, and no encoder takes part. A peer is stopped after --limit seconds of
+    a size, and not asked for larger ones.
 
     Example: memos bench scale --sizes 1k,10k --namespaces 100 --peers chroma
 

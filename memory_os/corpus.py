@@ -1,27 +1,27 @@
 """What recall keeps in memory of a namespace: one column a property, one row a segment, in the order of ``seq``.
 
 A projection of the records, brought up to date before each use: new rows are added, and where rows went away all is
-read anew. So recall computes its signals by array operations and asks the database for nothing but the answer.
+read anew. So recall computes its signals by array operations, and asks the database for where the question's terms
+stand and for the answer.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from memory_os.lexical import K1, B, idf
-from memory_os.question import tells_time
 from memory_os.types import Namespace, Segment
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from memory_os.protocols import Matrix, Profile, RecordStore, State, Vector
+    from memory_os.protocols import Matrix, Profiles, RecordStore, State, Vector
 
     Ints = NDArray[np.int64]
 
@@ -35,6 +35,8 @@ MAX_NAMESPACES = 64
 MAX_ROWS = 400_000
 """So many segments of all namespaces together: under a gigabyte. The namespace in use is kept whatever its size."""
 MAX_SEGMENTS_HELD = 20_000
+MAX_PLACES = 1_000_000
+"""So many places of terms are kept at most, and those of one more question."""
 
 
 COLUMNS = [
@@ -86,9 +88,10 @@ class Corpus:
     """The columns of one namespace.
 
     :param width: bytes of a token vector; 0 where the embedder gives none.
+    :param read: gives postings of terms, as ``RecordStore.postings``.
     """
 
-    def __init__(self, epoch: int, width: int) -> None:
+    def __init__(self, epoch: int, width: int, read: Callable[[Iterable[str]], Mapping[str, Ints]]) -> None:
         self.epoch = epoch
         self.width = width
         self.last_segment = self.last_vector = 0
@@ -98,11 +101,13 @@ class Corpus:
         self.speakers: dict[str, int] = {}
         self._sessions: dict[str, int] = {}
         self._latest: dict[int, int] = {}  # the last row of each session
-        self._postings: dict[str, array[int]] = {}  # a row as often as the term stands in it
+        self._read = read
+        self._postings: dict[str, tuple[Ints, Vector]] = {}  # of the latest questions' terms
         self._segments: dict[int, Segment | None] = {}
         self._made: dict[str, tuple[int, Any]] = {}
-        self._found: dict[tuple[str, int], tuple[Ints, Vector]] = {}  # what postings() gave for this question
+        self._n_places = 0  # in them, about
         self._rows = Column(COLUMNS)
+        self._numbers = Column("int64")  # the store's, by row
         self._tokens = Column("int8", width)
 
     @property
@@ -126,54 +131,48 @@ class Corpus:
             self._add_tokens(store.read_tokens(namespace, fingerprint, self.last_vector))
         self.last_vector = max(self.last_vector, state.last_vector)
 
-    def _add(self, profiles: Sequence[Profile]) -> None:
+    def _add(self, profiles: Profiles) -> None:
         import numpy as np
 
-        if not profiles:
-            return
         n = len(self.ids)
-        self.last_segment = profiles[-1].row
-        records = []
-        followed: list[tuple[int, int]] = []
-        for row, profile in enumerate(profiles, start=n):
-            session = self._sessions.setdefault(profile.session, len(self._sessions))
-            who = self.speakers.setdefault(profile.who, len(self.speakers))
-            before = self._latest.get(session, -1)
-            if before >= 0:
-                followed.append((before, row))
-            self._latest[session] = row
-            records.append(
-                (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
-                 profile.asks, profile.replies, tells_time(profile.terms), False, 0, 0)
-            )  # fmt: skip
-        self._post(profiles, n)
-        self._rows.extend(np.array(records, dtype=COLUMNS))
-        for earlier, later in followed:
-            self.rows["after"][earlier] = later
-        ids = [profile.id for profile in profiles]
-        self.row_of.update(zip(ids, range(n, n + len(ids)), strict=True))
-        self.ids.extend(ids)
-        for row, profile in enumerate(profiles, start=n):
-            if profile.repeats and all(self.row_of.get(id_, row) < row for id_ in profile.repeats):
+        new = np.zeros(len(profiles.ids), dtype=COLUMNS)
+        if not len(new):
+            return
+        self.last_segment = int(profiles.rows[-1])
+        self._postings.clear()
+        for name, values in {
+            "seq": profiles.seqs, "day": profiles.days, "n_terms": profiles.n_terms,
+            "n_tokens": profiles.n_tokens, "asks": profiles.asks, "replies": profiles.replies, "timed": profiles.timed,
+            "session": _numbered(profiles.sessions, self._sessions), "who": _numbered(profiles.who, self.speakers),
+        }.items():  # fmt: skip
+            new[name] = values
+        self._join(new, n)
+        self._rows.extend(new)
+        self._numbers.extend(profiles.rows)
+        self.row_of.update(zip(profiles.ids, range(n, n + len(new)), strict=True))
+        self.ids.extend(profiles.ids)
+        for row, repeated in ((n + place, ids) for place, ids in profiles.repeats.items()):
+            if repeated and all(self.row_of.get(id_, row) < row for id_ in repeated):
                 self.rows["echo"][row] = True
                 self.n_echoes += 1
 
-    def _post(self, profiles: Sequence[Profile], n: int) -> None:
-        """Enter the terms of new rows, the first of which is row ``n``."""
+    def _join(self, new: NDArray[np.void], n: int) -> None:
+        """Enter what comes before and after each of the new rows in its session; the first of them is row ``n``."""
         import numpy as np
 
-        numbers: defaultdict[str, int] = defaultdict()
-        numbers.default_factory = numbers.__len__  # a term's number is how many there were before it
-        of_terms = np.array(
-            [number for profile in profiles for number in map(numbers.__getitem__, profile.terms)], dtype=np.int64
-        )
-        rows = np.repeat(np.arange(n, n + len(profiles), dtype=np.uintc), [len(profile.terms) for profile in profiles])
-        rows = rows[np.argsort(of_terms, kind="stable")]
-        ends = np.cumsum(np.bincount(of_terms, minlength=len(numbers))).tolist()
-        start = 0
-        for term, end in zip(numbers, ends, strict=True):
-            self._postings.setdefault(term, array("I")).frombytes(rows[start:end].tobytes())
-            start = end
+        order = np.argsort(new["session"], kind="stable")
+        sessions = new["session"][order]
+        begins = np.append(True, sessions[1:] != sessions[:-1])
+        before, after = order[:-1][~begins[1:]], order[1:][~begins[1:]]
+        new["before"] = new["after"] = -1
+        new["before"][after], new["after"][before] = n + before, n + after
+        firsts, lasts = order[begins], order[np.append(begins[1:], True)]
+        for session, first, last in zip(sessions[begins].tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+            earlier = self._latest.get(session, -1)
+            self._latest[session] = n + last
+            if earlier >= 0:
+                new["before"][first] = earlier
+                self.rows["after"][earlier] = n + first
 
     def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
         import numpy as np
@@ -201,23 +200,38 @@ class Corpus:
             self._segments.update((row, found.get(self.ids[row])) for row in missing)
         return [self._segments[row] for row in wanted]
 
-    def postings(self, term: str, n: int) -> tuple[Ints, Vector]:
-        """``(rows, occurrences)`` of a term among the first ``n`` rows."""
-        found = self._found.get((term, n))
-        if found is None:
-            if len(self._found) > 64:
-                self._found.clear()
-            found = self._found[term, n] = self._postings_of(term, n)
-        return found
+    def look_up(self, terms: Iterable[str]) -> None:
+        """Read where these terms stand, all at once."""
+        missing = [term for term in dict.fromkeys(terms) if term not in self._postings]
+        if not missing:
+            return
+        if self._n_places > MAX_PLACES:
+            self._postings.clear()
+            self._n_places = 0
+        for term, places in self._read(missing).items():
+            self._postings[term] = self._counted(places)
+            self._n_places += len(places)
 
-    def _postings_of(self, term: str, n: int) -> tuple[Ints, Vector]:
+    def _counted(self, found: Ints) -> tuple[Ints, Vector]:
         import numpy as np
 
-        every = np.array(self._postings.get(term, ()), dtype=np.int64)
-        every = every[: np.searchsorted(every, n)]
-        starts = np.flatnonzero(np.diff(every, prepend=-1))
-        occurrences = np.diff(starts, append=len(every)).astype(np.float32)
-        return every[starts], occurrences
+        starts = np.flatnonzero(np.diff(found, prepend=-1))
+        occurrences = np.diff(starts, append=len(found)).astype(np.float32)
+        numbers = self._numbers.values
+        rows = np.searchsorted(numbers, found[starts])
+        # another process may have added some that are not read yet
+        there = rows < len(numbers)
+        there[there] = numbers[rows[there]] == found[starts][there]
+        return rows[there], occurrences[there]
+
+    def postings(self, term: str, n: int) -> tuple[Ints, Vector]:
+        """``(rows, occurrences)`` of a term among the first ``n`` rows."""
+        import numpy as np
+
+        self.look_up([term])
+        rows, occurrences = self._postings[term]
+        end = np.searchsorted(rows, n)
+        return rows[:end], occurrences[:end]
 
     def idf(self, term: str, n: int) -> float:
         """Inverse document frequency of a term among the first ``n`` rows."""
@@ -227,6 +241,7 @@ class Corpus:
         """BM25 of the first ``n`` rows, as a share of what a text of these terms alone could reach; in 0 to 1."""
         import numpy as np
 
+        self.look_up(terms)
         norm = self._kept("norm", n, self._norm)
         scores, most = np.zeros(n, dtype=np.float32), 0.0
         for term in terms:
@@ -282,6 +297,11 @@ class Corpus:
         return vectors, starts, having
 
 
+def _numbered(names: Sequence[str], numbers: dict[str, int]) -> list[int]:
+    """The number of each name: how many others came before it."""
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
 class Corpora:
     """The corpora of the namespaces in use, the least recently used ones forgotten."""
 
@@ -294,7 +314,7 @@ class Corpora:
         key = (namespace, fingerprint)
         corpus = self._held.get(key)
         if corpus is None or corpus.epoch != state.epoch:
-            corpus = self._held[key] = Corpus(state.epoch, width)
+            corpus = self._held[key] = Corpus(state.epoch, width, partial(store.postings, namespace))
         self._held.move_to_end(key)
         corpus.catch_up(store, namespace, fingerprint, state)
         n_rows = sum(len(each.ids) for each in self._held.values())

@@ -93,7 +93,10 @@ def _unlike(parts: Parts, namespace: Namespace) -> list[str]:
         again, like = embedder.embed_documents(texts), [True] * len(rows)
     cosines = np.einsum("ij,ij->i", matrix[rows], again)
     wrong = [ids[i] for i, cosine, same in zip(rows, cosines, like, strict=True) if not (same and cosine >= NEAR)]
-    known = {profile.id: profile.row for profile in store.read_profiles(namespace)} if wrong else {}
+    if not wrong:
+        return []
+    profiles = store.read_profiles(namespace)
+    known = dict(zip(profiles.ids, profiles.rows.tolist(), strict=True))
     return [str(known[id_]) for id_ in wrong if id_ in known]
 
 

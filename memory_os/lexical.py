@@ -13,15 +13,17 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import regex
 
-__all__ = ["K1", "STOP_WORDS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
+__all__ = ["K1", "STOP_WORDS", "TIME_TERMS", "B", "bm25", "idf", "language_of", "query_terms", "stem", "terms_of"]
 
 K1, B = 1.2, 0.75
+MAX_STEMS = 200_000
+"""So many are remembered."""
 
 _PAIRS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\u30fc"
 _TRIPLES = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -51,12 +53,18 @@ def _stemmer() -> Any:
     return snowballstemmer.stemmer("english")
 
 
-@lru_cache(maxsize=100_000)
-def stem(word: str) -> str:
-    """The stem of a case-folded word."""
-    if word.isdecimal():
-        return word
-    return str(_stemmer().stemWord(word))
+class _Stems(dict[str, str]):
+    """Stems by word: as a cache of functools, without the order of use, which costs more than the look-up."""
+
+    def __missing__(self, word: str) -> str:
+        if len(self) >= MAX_STEMS:
+            self.clear()
+        stem = self[word] = word if word.isdecimal() else str(_stemmer().stemWord(word))
+        return stem
+
+
+stem: Callable[[str], str] = _Stems().__getitem__
+"""The stem of a case-folded word."""
 
 
 def _words(text: str) -> Iterable[tuple[str, str]]:
@@ -128,6 +136,15 @@ def bm25(document: Sequence[str], weights: Mapping[str, float], mean_length: flo
     counts = Counter(term for term in document if term in weights)
     norm = K1 * (1.0 - B + B * len(document) / mean_length)
     return sum(weights[term] * n * (K1 + 1.0) / (n + norm) for term, n in counts.items())
+
+
+TIME_TERMS = frozenset(map(str, range(1900, 2100))) | frozenset(
+    stem(word)
+    for word in """yesterday today tonight tomorrow last next ago week weekend month year day recently morning evening
+    since soon monday tuesday wednesday thursday friday saturday sunday january february march april june july august
+    september october november december 昨天 今天 明天 上周 下周 去年 今年 明年 上个 星期 周末""".split()
+)
+"""Terms of a text that says when something was or will be."""
 
 
 def language_of(text: str) -> Literal["en", "zh"]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from memory_os.archive import Archive
 
+    Ints = NDArray[np.int64]
     Vector = NDArray[np.float32]
     Matrix = NDArray[np.float32]
     Matrix3 = NDArray[np.float32]
@@ -58,7 +59,7 @@ __all__ = [
     "KeptIndex",
     "LexicalIndex",
     "MemoryView",
-    "Profile",
+    "Profiles",
     "QuestionScoringLLM",
     "Reading",
     "RecordStore",
@@ -461,28 +462,31 @@ class State(NamedTuple):
     n_stale: int
 
 
-class Profile(NamedTuple):
-    """What recall keeps in memory of a segment.
+class Profiles(NamedTuple):
+    """What recall keeps in memory of segments: a column a property, in the order of ``seq``.
 
-    :param row: grows with ``seq``; never given twice.
-    :param day: event time as a proleptic ordinal, UTC.
+    :param rows: grow with ``seq``; none is ever given twice.
+    :param who: said it.
+    :param days: event time as a proleptic ordinal, UTC.
+    :param n_terms: entries in the lexical index, with repeats.
     :param asks: whether the text ends with a question mark.
     :param replies: whether the assistant said it.
-    :param terms: of the lexical index, with repeats.
-    :param repeats: of an echo, ids of the segments that it repeats (``echo``).
+    :param timed: whether one of its terms is of ``lexical.TIME_TERMS``.
+    :param repeats: of the echoes, by place, ids of the segments that they repeat (``echo``).
     """
 
-    row: int
-    id: str
-    seq: int
-    session: str
-    who: str
-    day: int
-    n_tokens: int
-    asks: bool
-    replies: bool
-    terms: list[str]
-    repeats: tuple[str, ...] = ()
+    rows: Ints
+    ids: Sequence[str]
+    seqs: Sequence[int]
+    sessions: Sequence[str]
+    who: Sequence[str]
+    days: Sequence[int]
+    n_tokens: Sequence[int]
+    n_terms: Sequence[int]
+    asks: Sequence[bool]
+    replies: Sequence[bool]
+    timed: Sequence[bool]
+    repeats: Mapping[int, tuple[str, ...]]
 
 
 class Deleted(NamedTuple):
@@ -630,8 +634,11 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
     def state(self, namespace: Namespace, fingerprint: str) -> State:
         """Where the namespace stands now; what is kept in memory of it is brought up to date by this."""
 
-    def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
-        """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
+    def read_profiles(self, namespace: Namespace, after: int = 0) -> Profiles:
+        """What recall keeps in memory of the segments added after row ``after``."""
+
+    def postings(self, namespace: Namespace, terms: Iterable[str]) -> dict[str, Ints]:
+        """The rows (as in ``Profiles``) in which each of these terms stands, rising, each as often as it does there."""
 
     def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
         """``(seq, token vectors)`` of the vector rows added after row ``after``, where there are any."""

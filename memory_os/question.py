@@ -13,7 +13,7 @@ from datetime import date, timedelta
 
 from memory_os.lexical import query_terms, stem
 
-__all__ = ["Question", "read_question", "tells_time"]
+__all__ = ["Question", "read_question"]
 
 KINDS = {
     "when": re.compile(
@@ -51,14 +51,6 @@ _NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 
 _DAYS = {"day": 1, "week": 7, "month": 30, "year": 365}
 _LAST = {"today": 0, "yesterday": 1, "last night": 1, "last week": 7, "last month": 30, "last year": 365}
 _LAST |= {"今天": 0, "昨天": 1, "前天": 2, "上周": 7, "上个月": 30, "去年": 365}
-
-TIME_TERMS = frozenset(
-    stem(word)
-    for word in """yesterday today tonight tomorrow last next ago week weekend month year day recently morning evening
-    since soon monday tuesday wednesday thursday friday saturday sunday january february march april june july august
-    september october november december 昨天 今天 明天 上周 下周 去年 今年 明年 上个 星期 周末""".split()
-)
-_YEAR = re.compile(r"(?:19|20)\d\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +122,3 @@ def _days(text: str, years: Sequence[int], today: date) -> Iterable[tuple[int, b
             back = _LAST[(match["last"] or match["zh"]).lower()]
             exact = back <= 2
         yield (today - timedelta(days=min(back, today.toordinal() - 1))).toordinal(), exact
-
-
-def tells_time(terms: Sequence[str]) -> bool:
-    """Whether a text says when something was or will be.
-
-    >>> tells_time(["i", "paint", "yesterday"]), tells_time(["i", "paint"])
-    (True, False)
-    """
-    # isdigit first: most texts have no number at all, and recall asks this of every segment
-    return not TIME_TERMS.isdisjoint(terms) or any(
-        len(t) == 4 and _YEAR.fullmatch(t) is not None for t in filter(str.isdigit, terms)
-    )

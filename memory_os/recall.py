@@ -165,7 +165,7 @@ class Recall:
             question = read_question(query, corpus.speakers, corpus.years(n), (now or datetime.now(UTC)).date())
             lexical = corpus.bm25(question.terms, n)
             rows = self._candidates(corpus, n, [id_ for id_, _ in found], lexical, k)
-            ids = [corpus.ids[row] for row in rows]
+            ids = [corpus.ids[row] for row in rows.tolist()]
             unknown = np.zeros(len(ids), dtype=np.float32)
             dense = self.index.similarities(namespace, asked.vector, ids) if asked else unknown
             near = s.Neighbours(corpus, rows, n)
@@ -191,7 +191,9 @@ class Recall:
         with self.corpora.lock:
             corpus = self.corpora.of(self.store, namespace, self.embedder.fingerprint, width, state)
             n = corpus.visible(upto)
-            return {term: len(corpus.postings(term, n)[0]) for term in terms}
+            wanted = list(terms)
+            corpus.look_up(wanted)
+            return {term: len(corpus.postings(term, n)[0]) for term in wanted}
 
     @staticmethod
     def _candidates(corpus: Corpus, n: int, dense: Sequence[str], lexical: Vector, k: int) -> Ints:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from memory_os.lexical import K1, B, idf, terms_of
@@ -169,12 +170,16 @@ def token_weights(corpus: Corpus, text: str, spans: Sequence[tuple[int, int]], n
     import numpy as np
 
     words = [(match.start(), match.end(), match[0]) for match in re.finditer(r"\w+", text)]
-    weights, of_word = [], []
-    for start, end in spans:
-        at = next((i for i, (low, high, _) in enumerate(words) if low <= start and end <= high), None)
-        of_word.append(at)
-        terms = terms_of(text[start:end] if at is None else words[at][2])
-        weights.append(max((corpus.idf(term, n) for term in terms[:4]), default=0.1))
+    of_word = [
+        next((i for i, (low, high, _) in enumerate(words) if low <= start and end <= high), None)
+        for start, end in spans
+    ]
+    terms = [
+        terms_of(text[start:end] if at is None else words[at][2])[:4]
+        for (start, end), at in zip(spans, of_word, strict=True)
+    ]
+    corpus.look_up(chain(*terms))
+    weights = [max((corpus.idf(term, n) for term in each), default=0.1) for each in terms]
     shared = [of_word.count(at) if at is not None else 1 for at in of_word]
     each: Vector = (np.array(weights) / np.array(shared)).astype(np.float32)
     return np.asarray(each / max(float(each.sum()), 1e-9), dtype=np.float32)
@@ -189,12 +194,13 @@ def _window_bm25(corpus: Corpus, rows: Ints, near: Neighbours, terms: Sequence[s
     mean = 3.0 * max(per_row, 1e-9) if n else 1.0
     norm = K1 * (1.0 - B + B * np.sum([lengths[each] for each in window], axis=0) / mean)
     scores, most = np.zeros(len(rows), dtype=np.float32), 0.0
+    often = np.zeros(n + 1, dtype=np.float32)
     for term in terms:
         found, occurrences = corpus.postings(term, n)
         if len(found):
-            often = np.zeros(n + 1, dtype=np.float32)
             often[found] = occurrences
             count: Vector = np.sum([often[each] for each in window], axis=0)
+            often[found] = 0.0
             weight = idf(n, len(found))
             scores = scores + weight * count * (K1 + 1.0) / (count + norm)
             most += weight * (K1 + 1.0)

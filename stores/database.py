@@ -317,6 +317,7 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
             _turn_to_log(connection)
         elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
+    connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
 
 
 def _turn_to_log(connection: sqlite3.Connection) -> None:

@@ -14,12 +14,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from memory_os.errors import ConfigError, StoreError
-from memory_os.stores.vectorfile import Unreadable, VectorFile, owned
+from memory_os.stores.vectorfile import Filed, Unreadable, VectorFile, owned
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
@@ -98,21 +99,22 @@ class ExactIndex:
             matrix = None if table.matrix is None else table.matrix[:n]
         if k < 1:
             return []
-        best = _Best(k)
+        for dimension in {each.shape[1] for each in (matrix, *(file.vectors for file in files)) if each is not None}:
+            self._check_length(dimension, vector)
+        places = np.empty(0, dtype=np.int64)
+        cosines, their_seqs, floor = places.astype(np.float32), places, -np.inf
         if matrix is not None and seqs is not None and n:
-            self._check_length(matrix.shape[1], vector)
             # beside files rows are compared as they are there, so that equal ones stay equal
             scores = np.einsum("ij,j->i", matrix, vector) if files else matrix @ vector
-            best.add(-1, *_near(scores, seqs, k, upto), seqs)
-        for number, file in enumerate(files):
-            self._check_length(file.vectors.shape[1], vector)
-            best.add(number, *file.near(vector, k, best.floor, upto), file.seqs)
-        found = []
-        for number, place, cosine in best.ranked():
-            id_ = ids[place] if number < 0 else files[number].ids(_one(place))[0]
-            if id_:  # else it was forgotten a moment ago
-                found.append((id_, cosine))
-        return found
+            places, cosines = _near(scores, seqs, k, upto)
+            their_seqs = seqs[places]
+            floor = float(cosines.min()) if len(places) >= k else floor
+        filed = Filed(files)
+        rows, their_cosines = filed.near(vector, k, floor, upto)
+        order = np.lexsort((np.append(their_seqs, filed.seqs(rows)), -np.append(cosines, their_cosines)))[:k]
+        found = [*zip(map(ids.__getitem__, places.tolist()), cosines.tolist(), strict=True)]
+        found += zip(filed.ids(rows), their_cosines.tolist(), strict=True)
+        return [found[at] for at in order.tolist() if found[at][0]]  # without one that was forgotten a moment ago
 
     def _check_length(self, dimension: int, vector: Vector) -> None:
         if dimension != len(vector):
@@ -134,8 +136,8 @@ class ExactIndex:
                 table.filed = {}
                 for number, file in enumerate(files, start=1):
                     _enter(table.filed, number, file)
-            get, get_row = (table.filed or {}).get, table.row_of.get
-            at = np.array([get(id_) or get_row(id_, -1) for id_ in ids], dtype=np.int64)
+            # the numbers of files begin at 1, so that a place in a file is greater than any in the matrix
+            at = np.maximum(*(_looked_up(where, ids) for where in (table.filed or {}, table.row_of)))
         having = np.flatnonzero(at >= 0)
         if not len(having):
             return cosines
@@ -146,7 +148,7 @@ class ExactIndex:
             source = files[number - 1].vectors if number else matrix
             assert source is not None
             gathered[here] = source[places[here]]
-        cosines[having] = gathered @ vector
+        cosines[having] = np.einsum("ij,j->i", gathered, vector)  # not "@": its threads wait for each other
         return cosines
 
     def ids(self, namespace: Namespace) -> set[str]:
@@ -341,43 +343,6 @@ class ExactIndex:
             ) from error
 
 
-class _Best:
-    """The best of several searches, ties with the k-th among them."""
-
-    def __init__(self, k: int) -> None:
-        import numpy as np
-
-        self._k = k
-        self.floor = -np.inf
-        self._found = np.empty(0, dtype=[("cosine", "f4"), ("seq", "i8"), ("number", "i8"), ("place", "i8")])
-
-    def add(self, number: int, places: Ints, cosines: Vector, seqs: Ints) -> None:
-        """What was found in one place.
-
-        :param number: of the place.
-        :param seqs: of all that is there.
-        """
-        import numpy as np
-
-        new = np.empty(len(places), dtype=self._found.dtype)
-        new["cosine"], new["seq"], new["number"], new["place"] = cosines, seqs[places], number, places
-        found = np.concatenate([self._found, new[cosines >= self.floor]])
-        if len(found) > self._k:
-            at = len(found) - self._k
-            self.floor = float(np.partition(found["cosine"], at)[at])
-            found = found[found["cosine"] >= self.floor]
-        elif len(found) == self._k:
-            self.floor = float(found["cosine"].min())
-        self._found = found
-
-    def ranked(self) -> list[tuple[int, int, float]]:
-        """``(number, place, cosine)``, best first, ties by the smaller ``seq``."""
-        import numpy as np
-
-        order = np.lexsort((self._found["seq"], -self._found["cosine"]))[: self._k]
-        return [(int(number), int(place), float(cosine)) for cosine, _, number, place in self._found[order].tolist()]
-
-
 def _near(scores: Vector, seqs: Ints, k: int, upto: int | None) -> tuple[Ints, Vector]:
     """``(places, cosines)`` of the ``k`` best rows of a matrix, and of every row that ties with the last of them."""
     import numpy as np
@@ -390,10 +355,11 @@ def _near(scores: Vector, seqs: Ints, k: int, upto: int | None) -> tuple[Ints, V
     return best, scores[best]
 
 
-def _one(place: int) -> Ints:
+def _looked_up(places: dict[str, int], ids: Sequence[str]) -> Ints:
+    """Where the ids stand; -1 where they do not."""
     import numpy as np
 
-    return np.array([place], dtype=np.int64)
+    return np.fromiter(map(places.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
 
 
 def _enter(filed: dict[str, int], number: int, file: VectorFile) -> None:

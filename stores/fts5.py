@@ -6,13 +6,23 @@ The namespace's number is part of every term, so that a search cannot reach anot
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from memory_os.stores.rows import parts
 
-__all__ = ["add", "check", "clear", "compact", "newest", "read", "remove", "wipe"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "PLACES", "add", "check", "clear", "compact", "holding", "lengths", "newest", "places", "read", "remove", "wipe",
+]  # fmt: skip
+
+PLACES = "temp.lexical_places"
+"""Where each term of the index stands: a view of FTS5's, made for each connection."""
 
 MAX_LEVEL_BYTES = 2000
 """A level takes two bytes."""
@@ -64,6 +74,36 @@ def _fetched(connection: sa.Connection, query: str, values: tuple[Any, ...]) -> 
         raise sa.exc.DBAPIError(query, None, error) from error
     finally:
         cursor.close()
+
+
+def lengths(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, int]:
+    """How many terms these entries have, by row."""
+    found: dict[int, int] = {}
+    for part in parts(pks):
+        marks = ",".join("?" * len(part))
+        rows = _fetched(connection, f"SELECT id, sz FROM lexical_docsize WHERE id IN ({marks})", tuple(part))
+        found.update((pk, size[0] if len(size) == 1 else _read_number(size)) for pk, size in rows)
+    return found
+
+
+def _read_number(size: bytes) -> int:
+    """A number as FTS5 writes it: seven bits a byte, the highest first."""
+    return reduce(lambda number, byte: number << 7 | byte & 0x7F, size, 0)
+
+
+def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
+    """Rows after row ``after`` that hold any of the terms, rising."""
+    any_of = " OR ".join(f'"{ns}_{term}"' for term in terms)
+    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid > ? ORDER BY rowid"
+    return [pk for (pk,) in _fetched(connection, query, (any_of, after))]
+
+
+def places(connection: sa.Connection, ns: int, term: str) -> NDArray[np.int64]:
+    """Rows that hold the term, rising, each as often as it stands there."""
+    import numpy as np
+
+    rows = _fetched(connection, f"SELECT doc FROM {PLACES} WHERE term = ?", (f"{ns}_{term}",))
+    return np.array([pk for (pk,) in rows], dtype=np.int64)
 
 
 def compact(connection: sa.Connection) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy import select
@@ -16,7 +17,13 @@ from memory_os.stores import fts5, postings
 from memory_os.stores.rows import own, parts
 from memory_os.stores.schema import namespaces, segments
 
-__all__ = ["add", "compact", "read", "recount", "remove", "rewrite", "search", "unheard"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "add", "compact", "holding", "lengths", "places", "read", "recount", "remove", "rewrite", "search", "unheard",
+]  # fmt: skip
 
 MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
@@ -55,6 +62,24 @@ def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, li
     """The terms of these entries, by row."""
     terms: dict[int, list[str]] = _entries(connection).read(connection, ns, pks)
     return terms
+
+
+def lengths(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, int]:
+    """How many terms these entries have, by row."""
+    found: dict[int, int] = _entries(connection).lengths(connection, ns, pks)
+    return found
+
+
+def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
+    """Rows after row ``after`` that hold any of the terms, rising."""
+    rows: list[int] = _entries(connection).holding(connection, ns, terms, after)
+    return rows
+
+
+def places(connection: sa.Connection, ns: int, term: str) -> NDArray[np.int64]:
+    """Rows that hold the term, rising, each as often as it stands there."""
+    rows: NDArray[np.int64] = _entries(connection).places(connection, ns, term)
+    return rows
 
 
 def search(connection: sa.Connection, ns: int, text: str, k: int, bound: int) -> list[tuple[str, float]]:

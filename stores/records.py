@@ -22,8 +22,8 @@ from sqlalchemy import func, select
 
 from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
-from memory_os.lexical import terms_of
-from memory_os.protocols import Deleted, Profile, State, VectorRows
+from memory_os.lexical import TIME_TERMS, terms_of
+from memory_os.protocols import Deleted, Profiles, State, VectorRows
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
 from memory_os.stores import digest, forgetting, fulltext, tombstones
 from memory_os.stores import items as item_rows
@@ -33,6 +33,7 @@ from memory_os.stores.namespaces import claim, locate
 from memory_os.stores.rows import (
     SEGMENT_COLUMNS,
     VECTOR_COLUMNS,
+    among,
     as_labels,
     as_seq,
     as_time,
@@ -561,8 +562,10 @@ class Records:
                 stale = connection.execute(query).scalar_one()
         return State._make(number or 0 for number in (*numbers, listed + stale, stale))
 
-    def read_profiles(self, namespace: Namespace, after: int = 0) -> list[Profile]:
-        """What recall keeps in memory of the segments added after row ``after``, in the order of ``seq``."""
+    def read_profiles(self, namespace: Namespace, after: int = 0) -> Profiles:
+        """What recall keeps in memory of the segments added after row ``after``."""
+        import numpy as np
+
         with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
             asks = sa.or_(*(func.rtrim(segments.c.text).like(f"%{mark}") for mark in "?？"))
@@ -570,29 +573,37 @@ class Records:
             # a question names people, and not "summary of jane_eyre.txt"
             who = sa.case((c.kind == "summary", c.role), else_=func.coalesce(c.speaker, c.role))
             written = sa.cast(c.metadata, sa.Text)
-            echo = sa.case((written.contains(f'"{FIELD}"'), written))
+            echo = sa.case((sa.and_(c.role == "assistant", written.contains(f'"{FIELD}"')), written))
             rows = connection.execute(
                 select(c.pk, c.id, c.seq, c.session, who, c.created_at, c.n_tokens, asks, c.role == "assistant", echo)
                 .where(c.namespace_id == ns, c.pk > after)
                 .order_by(c.seq)
             ).all()
-            terms = fulltext.read(connection, ns, [row.pk for row in rows])
-        return [
-            Profile(
-                row=pk,
-                id=id_,
-                seq=seq,
-                session=session,
-                who=by,
-                day=_day(created_at[:10]),
-                n_tokens=n_tokens,
-                asks=bool(ends),
-                replies=bool(replies),
-                terms=terms.get(pk, []),
-                repeats=repeated_by(json.loads(metadata)) if replies and metadata else (),
+            pks, ids, seqs, sessions, by, times, n_tokens, ends, replies, echoes = (
+                zip(*rows, strict=True) if rows else [()] * 10
             )
-            for pk, id_, seq, session, by, created_at, n_tokens, ends, replies, metadata in rows
-        ]
+            n_terms = fulltext.lengths(connection, ns, pks)
+            timed = set(fulltext.holding(connection, ns, TIME_TERMS, after))
+        return Profiles(
+            rows=np.array(pks, dtype=np.int64),
+            ids=ids,
+            seqs=seqs,
+            sessions=sessions,
+            who=by,
+            days=[_day(time[:10]) for time in times],
+            n_tokens=n_tokens,
+            n_terms=[n_terms.get(pk, 0) for pk in pks],
+            asks=ends,
+            replies=replies,
+            timed=[pk in timed for pk in pks],
+            repeats={n: repeated_by(json.loads(metadata)) for n, metadata in enumerate(echoes) if metadata},
+        )
+
+    def postings(self, namespace: Namespace, terms: Iterable[str]) -> dict[str, NDArray[np.int64]]:
+        """The rows in which each of these terms stands, rising, each as often as it does there."""
+        with self.database.read(namespace) as connection:
+            ns = self._namespace_id(connection, namespace)
+            return {term: fulltext.places(connection, ns, term) for term in terms}
 
     def pending(
         self, namespace: Namespace, fingerprint: str, limit: int, *, newest: bool = False, stale: bool = True
@@ -635,28 +646,31 @@ class Records:
         They take the place of another embedder's; one that is there under the same fingerprint stays.
         """
         by_token: Sequence[bytes | None] = tokens or [None] * len(ids)
-        rows = zip(ids, matrix, by_token, strict=True)
         n_new = 0
-        blobs = {id_: (row.astype("<f4").tobytes(), codes) for id_, row, codes in rows}
+        blobs = {
+            id_: (row.tobytes(), codes) for id_, row, codes in zip(ids, matrix.astype("<f4"), by_token, strict=True)
+        }
         with self.database.write(namespace) as connection:
             ns, _ = locate(connection, namespace, lock=True)
             for part in parts(list(blobs)):
                 query = select(segments.c.pk, segments.c.id).where(
                     segments.c.namespace_id == ns, segments.c.id.in_(part)
                 )
-                found = connection.execute(query).all()
-                pks = [row.pk for row in found]
+                id_of: dict[int, str] = dict(sorted(map(tuple, connection.execute(query))))
+                pks = list(id_of)
                 if not pks:
                     continue
-                theirs = sa.and_(own(vectors, ns), vectors.c.segment_pk.in_(pks))
-                # the epoch stays: what is kept in memory of another embedder's vectors is still right
-                connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
-                made = set(connection.execute(select(vectors.c.segment_pk).where(theirs)).scalars())
-                new = [(ns, pk, fingerprint, *blobs[id_]) for pk, id_ in found if pk not in made]
+                theirs = sa.and_(own(vectors, ns), among(vectors.c.segment_pk, pks))
+                there = connection.execute(select(vectors.c.segment_pk, vectors.c.fingerprint).where(theirs)).all()
+                if any(other != fingerprint for _, other in there):
+                    # the epoch stays: what is kept in memory of another embedder's vectors is still right
+                    connection.execute(vectors.delete().where(theirs, vectors.c.fingerprint != fingerprint))
+                made = {pk for pk, other in there if other == fingerprint}
+                new = [(ns, pk, fingerprint, *blobs[id_of[pk]]) for pk in pks if pk not in made]
                 n_new += len(new)
                 if new:
                     insert_many(connection, vectors, VECTOR_COLUMNS, new)
-                done = own(pending, ns), pending.c.segment_pk.in_(pks), pending.c.task == VECTOR_TASK
+                done = own(pending, ns), among(pending.c.segment_pk, pks), pending.c.task == VECTOR_TASK
                 connection.execute(pending.delete().where(*done))
         return n_new
 

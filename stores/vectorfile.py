@@ -18,9 +18,10 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-__all__ = ["Rows", "Unreadable", "VectorFile", "folder_of", "owned", "weed"]
+__all__ = ["Filed", "Rows", "Unreadable", "VectorFile", "folder_of", "owned", "weed"]
 
 MAGIC = b"memosv01"
 FIXED = struct.Struct("<8sqII")  # magic, epoch, length and CRC-32 of the description that follows
@@ -177,35 +178,19 @@ class VectorFile:
                 self.epoch = epoch
             os.fsync(file.fileno())
 
-    def near(self, vector: Vector, k: int, floor: float, upto: int | None) -> tuple[Ints, Vector]:
-        """``(places, cosines)`` of every row that can be among the ``k`` best and reaches ``floor``, and of some more.
-
-        :param floor: as high as the k-th best found elsewhere.
-        """
-        import numpy as np
-
-        bounds = self._bounds(vector)
-        if upto is not None and upto < self.last_seq:
-            bounds[self.seqs > upto] = -np.inf
-        if floor == -np.inf and k < len(bounds):
-            # any k rows give a floor; those with the highest bounds give a high one
-            first = np.argpartition(bounds, len(bounds) - k)[len(bounds) - k :]
-            first = first[(self.rows[first] > 0) & (bounds[first] > -np.inf)]
-            if len(first) == k:
-                floor = float(self._cosines(first, vector).min())
-        places = np.flatnonzero((bounds >= floor) & (bounds > -np.inf))
-        places = places[self.rows[places] > 0]
-        return places, self._cosines(places, vector)
-
-    def _cosines(self, places: Ints, vector: Vector) -> Vector:
+    def cosines(self, places: Ints, vector: Vector) -> Vector:
+        """Those of the rows at these places."""
         import numpy as np
 
         # not a matrix product: its last bit depends on where a row stands, and equal rows must be equal
         cosines: Vector = np.einsum("ij,j->i", self.vectors[places], vector)
         return cosines
 
-    def _bounds(self, vector: Vector) -> Vector:
-        """What the cosine of each row cannot exceed."""
+    def bounds(self, vector: Vector, upto: int | None) -> Vector:
+        """What the cosine of each row cannot exceed; minus infinity where a row takes no part.
+
+        :param upto: rows of a higher ``seq`` take none.
+        """
         import numpy as np
         import simsimd
 
@@ -220,7 +205,67 @@ class VectorFile:
         products *= scale
         products += across * self._tails
         products += lost * (1.0 + self._rest) + length * self._rest + SLACK
+        products[self.rows == 0] = -np.inf
+        if upto is not None and upto < self.last_seq:
+            products[self.seqs > upto] = -np.inf
         return products
+
+
+class Filed:
+    """The rows of all files of a namespace as one sequence."""
+
+    def __init__(self, files: Sequence[VectorFile]) -> None:
+        import numpy as np
+
+        self._files = files
+        self._ends = np.cumsum([0, *map(len, files)])
+
+    def near(self, vector: Vector, k: int, floor: float, upto: int | None) -> tuple[Ints, Vector]:
+        """``(rows, cosines)`` of the ``k`` best and of what ties with the last of them; rows rise.
+
+        :param floor: those that do not reach it do not count.
+        """
+        import numpy as np
+
+        bounds = np.concatenate([np.empty(0, dtype=np.float32), *(file.bounds(vector, upto) for file in self._files)])
+        # any k rows give a floor, and those with the highest bounds a high one: of one file first, so that of all
+        # files few are to be sorted
+        for n in (int(self._ends[1]) if self._files else 0, len(bounds)):
+            near = np.flatnonzero((bounds[:n] >= floor) & (bounds[:n] > -np.inf))
+            if len(near) > k:
+                near = np.sort(near[np.argpartition(bounds[near], len(near) - k)[len(near) - k :]])
+                floor = max(floor, float(self._cosines(near, vector).min()))
+        rows = np.flatnonzero((bounds >= floor) & (bounds > -np.inf))
+        cosines = self._cosines(rows, vector)
+        if len(rows) > k:
+            floor = max(floor, float(np.partition(cosines, len(rows) - k)[len(rows) - k]))
+        best = cosines >= floor
+        return rows[best], cosines[best]
+
+    def _cosines(self, rows: Ints, vector: Vector) -> Vector:
+        import numpy as np
+
+        parts = [file.cosines(places, vector) for file, places in self._by_file(rows)]
+        return np.concatenate([np.empty(0, dtype=np.float32), *parts])
+
+    def seqs(self, rows: Ints) -> Ints:
+        """The numbers in time of these rows, which rise."""
+        import numpy as np
+
+        parts = [file.seqs[places] for file, places in self._by_file(rows)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def ids(self, rows: Ints) -> list[str]:
+        """The segments' ids of these rows, which rise; empty for what was forgotten."""
+        return [id_ for file, places in self._by_file(rows) for id_ in file.ids(places)]
+
+    def _by_file(self, rows: Ints) -> Iterator[tuple[VectorFile, Ints]]:
+        import numpy as np
+
+        cuts = np.searchsorted(rows, self._ends)
+        for number, (first, last) in enumerate(pairwise(cuts.tolist())):
+            if first < last:
+                yield self._files[number], rows[first:last] - self._ends[number]
 
 
 class Rows(NamedTuple):

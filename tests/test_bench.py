@@ -1,6 +1,7 @@
 """``memos bench``: what it counts, checked by hand on small data, and what it does with bad data."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,12 +333,22 @@ def test_scale_measures_every_size_and_every_peer_that_is_there(memos, monkeypat
 def test_scale_stops_a_peer_that_takes_too_long_and_refuses_one_that_it_does_not_know(memos, monkeypatch):
     monkeypatch.setattr(scale, "_in_a_process", slow := Slow())
     report = scale.measure(sizes=[10, 20, 30], peers=["langgraph-memory"], namespaces=0, limit_s=5)
-    assert report["systems"]["langgraph-memory"] == {"10": {"stopped": "over the limit of 5 s"}}
+    assert report["systems"]["langgraph-memory"] == {"10": {"stopped": "after 5 s, with 7 of 10 stored"}}
     assert set(report["systems"]["memory_os"]) == {"10", "20", "30"}
     assert slow.limits == {None, 5}
     code, _, err = memos("bench", "scale", "--peers", "pinecone")
     assert code == 1
     assert "unknown peer 'pinecone'" in err
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_stopped_says_how_much_it_had_stored():
+    figures = scale._measured(
+        {"system": "langgraph-memory", "size": 10**7, "namespaces": 1, "seed": 0, "questions": 1}, 8, None
+    )
+    stored = int(re.fullmatch(r"after 8 s, with ([\d,]+) of 10,000,000 stored", figures["stopped"])[1].replace(",", ""))
+    assert 0 < stored < 10**7
+    assert stored % scale_data.BLOCK == 0
 
 
 class Slow:
@@ -347,7 +358,7 @@ class Slow:
     def __call__(self, job, limit_s):
         self.limits.add(limit_s)
         if limit_s:
-            raise subprocess.TimeoutExpired("work", limit_s)
+            raise subprocess.TimeoutExpired("work", limit_s, output=b'{"stored": 3}\n{"stored": 7}\n')
         return {"search_p95_ms": 1.0}
 
 

@@ -20,7 +20,7 @@ from memory_os import lexical
 from memory_os.adapters.tokenizers import TiktokenCounter
 from memory_os.build import open_database
 from memory_os.errors import SchemaError, StoreError
-from memory_os.lexical import query_terms, stem, terms_of
+from memory_os.lexical import TIME_TERMS, query_terms, stem, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import records as records_module
 from memory_os.stores.database import Database, _on_connect
@@ -355,7 +355,7 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
         stores[1].append(ALICE, [each])
     (one, other) = ([(s.seq, s.text, s.n_tokens, s.metadata) for s in store.scan(ALICE)] for store in stores)
     assert one == other
-    profiles = [[p._replace(id="", day=0) for p in store.read_profiles(ALICE)] for store in stores]
+    profiles = [store.read_profiles(ALICE)._replace(rows=0, ids=(), days=()) for store in stores]
     assert profiles[0] == profiles[1]
     assert [store.count_pending(ALICE, "f") for store in stores] == [600, 600]
     assert [store.search(ALICE, "Zoe 7", 5)[0][1] for store in stores] == [
@@ -363,3 +363,40 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
     ] * 2
     for store in stores:
         store.close()
+
+
+def test_what_recall_is_told_of_segments_is_what_their_terms_say(store):
+    texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?"]
+    store.append(("other",), [NewSegment(text, "s") for text in texts])
+    stored = store.append(ALICE, [NewSegment(text, "s") for text in texts])
+    store.delete({ALICE: [stored[0].id]})
+    store.append(ALICE, [NewSegment("the kite " * 70, "s")])
+    terms = {segment.seq: terms_of(segment.text) for segment in store.scan(ALICE)}
+    for after in (0, 4):
+        told = store.read_profiles(ALICE, int(store.read_profiles(ALICE).rows[after - 1]) if after else 0)
+        assert list(told.seqs) == list(terms)[after:]
+        assert told.n_terms == [len(terms[seq]) for seq in told.seqs]
+        assert told.timed == [not TIME_TERMS.isdisjoint(terms[seq]) for seq in told.seqs]
+        assert list(told.asks) == [store.find(ALICE, seq).text.rstrip().endswith("?") for seq in told.seqs]
+    seq_of = dict(zip(store.read_profiles(ALICE).rows.tolist(), terms, strict=True))
+    wanted = ["kite", "word", "京", "unheard"]
+    found = store.postings(ALICE, wanted)
+    assert {term: [seq_of[row] for row in rows.tolist()] for term, rows in found.items()} == {
+        term: [seq for seq, those in terms.items() for each in those if each == term] for term in wanted
+    }
+
+
+@pytest.mark.parametrize("which", [(0, 2), (3, 1), (1, 2, 3), (4,)])
+def test_vectors_strike_off_their_own_work_and_no_other(store, which):
+    stored = store.append(ALICE, turns("a", "b", "c", "d", "e"))
+    store.put_vectors(ALICE, "old", [segment.id for segment in stored], np.eye(5, dtype=np.float32))
+    chosen = [stored[i].id for i in which]
+    assert store.put_vectors(ALICE, "new", chosen, np.eye(5, dtype=np.float32)[list(which)]) == len(which)
+    assert store.put_vectors(ALICE, "new", chosen, np.eye(5, dtype=np.float32)[list(which)]) == 0
+    for name, ids in ("new", chosen), ("old", [segment.id for segment in stored if segment.id not in chosen]):
+        assert sorted(store.read_vectors(ALICE, name)[0]) == sorted(ids)
+    for segment, vector in zip(*store.vectors_of(ALICE, "new", chosen)[::2], strict=True):
+        assert vector[[each.id for each in stored].index(segment)] == 1.0
+    more = store.append(ALICE, turns("f", "g", "h"))
+    store.put_vectors(ALICE, "new", [more[0].id, more[2].id], np.eye(5, dtype=np.float32)[:2])
+    assert [segment.id for segment in store.pending(ALICE, "new", 9, stale=False)] == [more[1].id]

@@ -17,7 +17,7 @@ from memory_os.protocols import VectorRows
 from memory_os.stores import exact
 from memory_os.stores.exact import ExactIndex
 from memory_os.stores.records import Records
-from memory_os.stores.vectorfile import Unreadable, VectorFile, owned
+from memory_os.stores.vectorfile import Filed, Unreadable, VectorFile, owned
 from memory_os.types import NewSegment
 
 A, F, RUN = ("alice",), "model-a", 64
@@ -84,7 +84,7 @@ def test_the_search_of_a_file_misses_nothing(tmp_path_factory, seed, shape, k, d
     file = VectorFile.write(tmp_path_factory.mktemp("v") / "a.vectors", found, after=0, epoch=0)
     query, upto = vectors(seed + 1000, 1, d)[0], int(300 * share)
     cosines = np.einsum("ij,j->i", rows, query)[:upto]
-    places, near = file.near(query, k, -np.inf, upto)
+    places, near = Filed([file]).near(query, k, -np.inf, upto)
     assert places.max() < upto
     floor = np.sort(cosines)[-min(k, upto)]
     assert set(np.flatnonzero(cosines >= floor)) <= set(places.tolist())
@@ -100,7 +100,7 @@ def test_a_row_that_is_near_by_what_its_code_leaves_out_is_found(tmp_path):
     for j in range(0, 300, 20):
         query = np.concatenate([0.02 * rows[j - 1, :32], rows[j, 32:]])
         query = unit(query[None])[0]
-        places, cosines = file.near(query, 1, -np.inf, None)
+        places, cosines = Filed([file]).near(query, 1, -np.inf, None)
         assert places[np.argmax(cosines)] == np.argmax(rows @ query) == j
 
 
@@ -117,7 +117,8 @@ def test_with_files_and_without_them_the_answer_is_the_same(store, folder, shape
             found = index.search(A, query, k, upto=upto)
             assert [id_ for id_, _ in found] == [ids[i] for i in best]
             assert [cosine for _, cosine in found] == cosines[best].tolist()
-        np.testing.assert_array_equal(index.similarities(A, query, [*ids, "none"])[:-1], rows @ query)
+        whole = np.einsum("ij,j->i", rows, query)
+        np.testing.assert_array_equal(index.similarities(A, query, [*ids, "none"]), [*whole, 0.0])
     assert len(files(folder)) == 5
     assert index.ids(A) == set(ids)
 

@@ -143,7 +143,7 @@ def _on_postgres(connection: sa.Connection) -> None:
     create(
         connection,
         "postings",
-        """namespace_id bigint NOT NULL, term bigint NOT NULL, segment_pk bigint NOT NULL,
-        PRIMARY KEY (namespace_id, term, segment_pk)""",
+        """namespace_id bigint NOT NULL, term bigint NOT NULL, segment_pk bigint NOT NULL, n integer NOT NULL,
+        PRIMARY KEY (namespace_id, term, segment_pk) INCLUDE (n)""",
         partitioned=True,
     )
