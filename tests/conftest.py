@@ -223,6 +223,7 @@ class ChromaServer:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
+        self.clients: list[Any] = []
         self.start()
 
     @property
@@ -243,6 +244,11 @@ class ChromaServer:
         raise AssertionError("chroma run does not listen")
 
     def kill(self) -> None:
+        for client in self.clients:  # whose own close() leaves connections open
+            client._server._session.close()
+            client._admin_client._server._session.close()
+            client.close()
+        self.clients.clear()
         if self.process:
             self.process.kill()
             self.process.wait()
@@ -258,7 +264,9 @@ class ChromaServer:
         import chromadb
         from chromadb.config import Settings
 
-        return chromadb.HttpClient("127.0.0.1", self.port, settings=Settings(anonymized_telemetry=False), **options)
+        settings = Settings(anonymized_telemetry=False)
+        self.clients.append(chromadb.HttpClient("127.0.0.1", self.port, settings=settings, **options))
+        return self.clients[-1]
 
 
 @pytest.fixture(scope="session")
