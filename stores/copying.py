@@ -62,7 +62,8 @@ class Copy:
                 if connection.execute(sa.select(namespaces.c.id).limit(1)).first():
                     raise StoreError(
                         f"{self._dest.place} holds memories already, and they would be mixed up; name a store that is "
-                        "empty or not there yet. To compare the two: memos migrate --verify-only"
+                        "empty or not there yet. Whether it is a whole copy already says: memos migrate "
+                        f"{self._source.place} {self._dest.place} --verify-only"
                     )
                 unfinished.begin(connection, copying)
                 return
