@@ -142,13 +142,13 @@ class Database:
     def _migrate(self) -> None:
         with self.read() as connection:
             found = _revision_of(connection)
-            if may_be_opened(connection, self.place, found, self._opening):
+            if may_be_opened(connection, self.place, found, HEAD, self._opening):
                 return
         steps = Upgrade(self.place, HEAD)
         steps.check(found)
         with self.write() as connection:  # the write lock: of two processes that open a file, one migrates
             found = _revision_of(connection)
-            if may_be_opened(connection, self.place, found, self._opening):
+            if may_be_opened(connection, self.place, found, HEAD, self._opening):
                 return
             steps.check(found)
             copy = self._back_up() if found and _has_content(connection) else None

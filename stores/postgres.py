@@ -216,13 +216,13 @@ class Postgres:
 
     def _migrate(self, opening: Opening) -> None:
         with self._translated(), self._reader.connect() as connection:
-            if may_be_opened(connection, self.place, _revision_of(connection), opening):
+            if may_be_opened(connection, self.place, _revision_of(connection), HEAD, opening):
                 return
         steps = Upgrade(self.place, HEAD)
         with self.write() as connection:  # all steps are one transaction
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")  # of two that open it, one
             found = _revision_of(connection)
-            if may_be_opened(connection, self.place, found, opening):
+            if may_be_opened(connection, self.place, found, HEAD, opening):
                 return
             steps.run(connection, found)
         if found:

@@ -36,9 +36,10 @@ class Copying(NamedTuple):
     run: str
 
 
-def may_be_opened(connection: sa.Connection, place: str, found: str | None, opening: Opening) -> bool:
+def may_be_opened(connection: sa.Connection, place: str, found: str | None, head: str, opening: Opening) -> bool:
     """Whether a database of this revision is opened as it is; ``False`` where it is to be made or upgraded first.
 
+    :param head: the newest revision that whoever opens it knows.
     :raises StoreError: if it is an unfinished copy, or would have to be changed and is only to be read.
     """
     if found is not None and found.endswith("unfinished"):
@@ -52,14 +53,14 @@ def may_be_opened(connection: sa.Connection, place: str, found: str | None, open
             f"{place} is the unfinished copy of {copying.source}; finish it{another}: memos migrate {copying.source} "
             f"{place}, or delete it and begin anew"
         )
-    if found == HEAD:
+    if found == head:
         return True
-    if opening is not Opening.READ or (found and found > HEAD):  # a newer one is told by whoever would upgrade it
+    if opening is not Opening.READ or (found and found > head):  # a newer one is told by whoever would upgrade it
         return False
     if found is None:
         raise StoreError(f"{place} holds no memory; name the store that is to be read")
     raise StoreError(
-        f"{place} has schema revision {found}, and is only to be read; bring it to {HEAD} first, of which a file is "
+        f"{place} has schema revision {found}, and is only to be read; bring it to {head} first, of which a file is "
         f"copied before: memos stats --store {place}"
     )
 
