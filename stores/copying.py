@@ -25,6 +25,7 @@ from memory_os.stores import fulltext, unfinished
 from memory_os.stores.backend import Backend, again
 from memory_os.stores.checkup import find_lexical_faults
 from memory_os.stores.numbers import last_numbers, set_last_numbers
+from memory_os.stores.partitions import is_postgres
 from memory_os.stores.schema import namespaces, store
 from memory_os.stores.tablerows import LEFT, TABLES, Key, Row, Table, Total, delete, insert, keys, read, totals
 from memory_os.types import Namespace
@@ -78,29 +79,29 @@ class Copy:
     def fill(self, progress: Progress | None = None) -> None:
         """Make the copy's rows those of the source."""
         with self._source.read() as source:
-            for table in TABLES:
-                if table.name != namespaces.name:  # they stay, and are brought up to date
-                    self._take_out(source, table)
+            for table in sorted(TABLES, key=_is_namespaces):  # last those that others refer to
+                self._take_out(source, table)
             for table in TABLES:
                 total = source.execute(sa.text(f"SELECT count(*) FROM {table.name}")).scalar_one()
                 self._bring(source, table, total, progress)
 
     def _take_out(self, source: sa.Connection, table: Table) -> None:
-        """Remove what the source does not have, or has otherwise."""
+        """Remove what the source does not have, or has otherwise; a namespace that it has is brought up to date."""
         with self._dest.snapshot(), self._dest.read() as dest:
             if not dest.execute(sa.text(f"SELECT 1 FROM {table.name} LIMIT 1")).first():
                 return
             for batch in _batches(_merged(keys(source, table), keys(dest, table))):
                 both = [key for key, side in batch if side == BOTH]
                 here, there = read(source, table, both), read(dest, table, both)
-                gone = [key for key, side in batch if side == DEST or (side == BOTH and here[key] != there[key])]
+                other = {key for key in both if here[key] != there[key] and not _is_namespaces(table)}
+                gone = [key for key, side in batch if side == DEST or key in other]
                 if gone:
                     self.remove(table, gone)
 
     def _bring(self, source: sa.Connection, table: Table, total: int, progress: Progress | None) -> None:
         """Store what is missing; all of the namespaces, whose counters change."""
         done = 0
-        whole = table.name == namespaces.name
+        whole = _is_namespaces(table)
         with self._dest.snapshot(), self._dest.read() as dest:
             for batch in _batches(_merged(keys(source, table), keys(dest, table))):
                 missing = [key for key, side in batch if side == SOURCE or (whole and side == BOTH)]
@@ -125,7 +126,7 @@ class Copy:
             pk, ns, text = (table.columns.index(name) for name in ("pk", "namespace_id", "text"))
             entries = [(row[pk], row[ns], terms_of(row[text])) for row in rows]
         with self._writing() as connection:
-            insert(connection, table, rows, replace=table.name == namespaces.name)
+            insert(connection, table, rows, replace=_is_namespaces(table))
             fulltext.add(connection, entries)
 
     def verify(self, progress: Progress | None = None) -> list[Compared]:
@@ -153,6 +154,9 @@ class Copy:
             numbers = last_numbers(source)
         with self._writing() as connection:
             set_last_numbers(connection, numbers)
+            if is_postgres(connection):  # or its first searches would be planned without knowing how much there is
+                names = [table.name for table in TABLES]
+                connection.exec_driver_sql(f"ANALYZE {', '.join([*names, 'lexical', 'postings'])}")
             unfinished.finish(connection)
 
     @contextmanager
@@ -200,6 +204,10 @@ def count_left(source: Backend) -> dict[str, int]:
 def _labels(connection: sa.Connection) -> dict[int, Namespace]:
     rows = connection.execute(sa.select(namespaces.c.id, namespaces.c.labels))
     return {number: tuple(json.loads(labels)) for number, labels in rows}
+
+
+def _is_namespaces(table: Table) -> bool:
+    return table.name == namespaces.name
 
 
 SOURCE, DEST, BOTH = 1, 2, 3

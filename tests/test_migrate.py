@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -442,6 +442,21 @@ def test_of_two_at_once_the_later_goes_on(filled, new_store, monkeypatch):
     monkeypatch.setattr(copying.Copy, "put", overtaken)
     with pytest.raises(StoreError, match="another memos migrate goes on"):
         migrate(source, dest)
+    assert rows_of(dest) == rows_of(source)
+
+
+@pytest.mark.parametrize("end", ["sqlite", "postgres"])
+def test_what_somebody_writes_who_had_the_empty_place_open_is_taken_out(end, filled, new_store, monkeypatch):
+    source, dest = filled("sqlite"), new_store(end)
+    with opened(dest) as stranger:
+        with monkeypatch.context() as patch:
+            stopped_after(patch, 1)
+            with pytest.raises(Stop):
+                migrate(source, dest)
+        with suppress(StoreError):  # a server has given the number of a new namespace already
+            stranger.namespace("stranger").add("mine")
+        stranger.namespace(*ALICE).items.put(("p", "ä"), "k", {"of": "a stranger"})
+    migrate(source, dest)
     assert rows_of(dest) == rows_of(source)
 
 
