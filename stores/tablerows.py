@@ -30,6 +30,7 @@ LEFT = {
 
 FETCH = 5000  # rows that a streaming query has in memory
 WHOLE = 2**256
+MOST = 2**63  # of SQLite's numbers
 
 Key = tuple[Any, ...]
 Row = tuple[Any, ...]
@@ -197,12 +198,13 @@ def _json_text(value: Any) -> str:
 
 
 def _stored(connection: sa.Connection, table: Table, row: Row) -> Row:
-    """The row as the database takes it: to SQLite a bare number goes as such, and not through its digits."""
+    """The row as the database takes it: to SQLite a bare number goes as such, as it reads digits less exactly."""
     if not table.json or is_postgres(connection):
         return row
     values = list(row)
     for place in table.json:
         text = values[place]
         if text[:1] in "-0123456789":
-            values[place] = json.loads(text)
+            number = json.loads(text)
+            values[place] = number if isinstance(number, float) or abs(number) < MOST else text
     return tuple(values)

@@ -98,7 +98,14 @@ def fill(place: Place) -> None:
             scope.forget(scope.history(1)[0].id)
             first, second = scope.history(2)
             store.put_summary(labels, first.id, "m", "a summary")
-            scores = {"k": {"a": 0.1}, "f": 0.12345678901234567, "w": 1.0, "n": None, "t": "5"}
+            scores = {
+                "k": {"a": 0.1},
+                "f": 0.12345678901234567,
+                "w": 1.0,
+                "n": None,
+                "t": "5",
+                "e": -9.297494192001171e-302,
+            }
             store.put_scores(labels, scores, epoch=store.state(labels, F).epoch)
             store.list_for_summary(labels, [second.id])
         memory.namespace(*EMPTIED).add("away")
