@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import ask, bank, bench, chat, data, forget, inspect
+from memory_os.cli import ask, bank, bench, chat, data, forget, inspect, migrate
 
 __all__ = ["app", "run"]
 
@@ -62,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": data.export,
     "export-alr2": data.export_alr2,
     "import": data.import_,
+    "migrate": migrate.migrate,
     "stats": inspect.stats,
     "bank": bank.bank,
     "doctor": inspect.doctor,

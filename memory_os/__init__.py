@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memory_os.aio import AsyncMemory, AsyncScope
+    from memory_os.build import migrate
     from memory_os.controllers.alr2 import Alr2Controller
     from memory_os.controllers.longmem import LongMemFreeController
     from memory_os.controllers.scm import ScmController
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from memory_os.memory import Memory, Scope
+    from memory_os.migration import Migration
     from memory_os.types import BankOptions, Context, Evidence, Hit, NewSegment, Reply, Segment, Trace
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "LongMemFreeController",
     "Memory",
     "MemoryOSError",
+    "Migration",
     "MissingExtraError",
     "NamespaceError",
     "NewSegment",
@@ -59,15 +62,18 @@ __all__ = [
     "Trace",
     "UnknownNameError",
     "Xl3mController",
+    "migrate",
 ]
 
 _HOMES = {
     "aio": ("AsyncMemory", "AsyncScope"),
+    "build": ("migrate",),
     "controllers.alr2": ("Alr2Controller",),
     "controllers.longmem": ("LongMemFreeController",),
     "controllers.scm": ("ScmController",),
     "controllers.xl3m": ("Xl3mController",),
     "memory": ("Memory", "Scope"),
+    "migration": ("Migration",),
     "types": ("BankOptions", "Context", "Evidence", "Hit", "NewSegment", "Reply", "Segment", "Trace"),
 }
 

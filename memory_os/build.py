@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,8 @@ from memory_os.derive import embed
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
 from memory_os.limits import as_ref
-from memory_os.protocols import CachingLLM
+from memory_os.migration import Migration
+from memory_os.protocols import CachingLLM, KeptIndex
 from memory_os.telemetry import Telemetry
 from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions, Namespace
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from memory_os.forget import Retention
     from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
-    from memory_os.stores.backend import Backend
+    from memory_os.stores.backend import Backend, Opening
 
 __all__ = [
     "CONTROLLERS",
@@ -39,6 +40,7 @@ __all__ = [
     "make_controller",
     "make_embedder",
     "make_llm",
+    "migrate",
     "open_database",
     "tokenizer_of",
 ]
@@ -189,10 +191,8 @@ def build_parts(
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
     chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
-    if vectors not in VECTORS and not vectors.startswith(CHROMA_SERVER):
-        shown = vectors if "://" not in vectors else vectors.partition("://")[0]  # the rest may hold a token
-        raise UnknownNameError("vector index", shown, VECTORS, "or chroma+http://HOST:PORT for a Chroma server")
-    _check_place(vectors, chosen_controller, address)
+    _check_vectors(vectors, address)
+    _check_place(chosen_controller, address)
     counter = _counter(tokenizer, chosen_llm)
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
@@ -213,14 +213,8 @@ def build_parts(
         count_many=lambda texts: tokens().count_texts(texts),
         redact=redact,
     )
-    beside = address if isinstance(address, Path) else None
     try:
-        make_index = VECTORS.get(vectors)
-        index = (
-            make_index(store, chosen_embedder.fingerprint, beside)
-            if make_index
-            else _chroma_server(store, chosen_embedder.fingerprint, vectors)
-        )
+        index = _index(vectors, store, chosen_embedder.fingerprint, address)
     except BaseException:
         store.close()
         raise
@@ -279,35 +273,142 @@ def database_address(path: str | Path | DatabaseUrl) -> Path | DatabaseUrl:
     return file
 
 
-def open_database(path: str | Path | DatabaseUrl) -> Backend:
+def open_database(path: str | Path | DatabaseUrl, opening: Opening | None = None) -> Backend:
     """The database at an address, with its tables.
 
+    :param opening: what for; to be used, if left out.
     :raises StoreError: if it cannot be opened.
     """
-    address = database_address(path)
+    from memory_os.stores.backend import Opening
+
+    address, opening = database_address(path), opening or Opening.USE
     if isinstance(address, DatabaseUrl):
         from memory_os.stores.postgres import Postgres
 
-        return Postgres(address.url)
+        return Postgres(address.url, opening)
     from memory_os.stores.database import Database
 
-    return Database(address)
+    return Database(address, opening)
 
 
-def _check_place(vectors: str, controller: Controller, address: Path | DatabaseUrl) -> None:
-    """Make sure that what is chosen works with this sort of database; before anything is opened."""
-    if isinstance(address, Path):
-        if vectors == "pgvector":
-            raise ConfigError(
-                "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
-            )
-        return
-    if vectors == "chroma":
+def migrate(
+    source: str | Path | DatabaseUrl,
+    dest: str | Path | DatabaseUrl,
+    *,
+    vectors: str | None = None,
+    verify_only: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Migration:
+    """Bring all that a store holds into another one, which is empty, and compare the two: ``memos migrate``.
+
+    Interrupted at any moment, it goes on when it is called again; until it has ended, nobody can open DEST as a memory.
+    The source is read as of the moment of the call, and is not changed.
+
+    :param source: a file's path or a server's URL, as for ``Memory.open``; it must have the newest schema.
+    :param dest: the same; with the source itself only the index is made.
+    :param vectors: make this index of the copy at once, and see that it holds every vector: as for ``Memory.open``.
+    :param verify_only: compare, and write nothing; what differs stands in the result.
+    :param progress: called with ``(what is done, so much of it, of so much)``.
+    :raises ConfigError: for an index that is not known, or is not one of such a database.
+    :raises StoreError: if the source holds what DEST cannot, if DEST holds anything else, or if they differ in the
+        end. What was copied stays for the next call.
+    """
+    here, there = database_address(source), database_address(dest)
+    if vectors is not None:
+        _check_vectors(vectors, there)
+    if here == there and (vectors is None or verify_only):
+        raise ConfigError(f"{here} is SOURCE and DEST; name another, or the index that is to be made of it: --vectors")
+
+    from memory_os.stores.backend import Opening
+    from memory_os.stores.copying import Copy, compare, count_left
+    from memory_os.stores.portable import check_portable
+
+    if here == there and vectors is not None:
+        with closing(open_database(here)) as store:
+            return Migration(store.place, store.place, index=_make_index(store, here, vectors, progress))
+    with closing(open_database(here, Opening.READ)) as ours, ours.snapshot():
+        if verify_only:
+            with closing(open_database(there, Opening.READ)) as theirs:
+                tables, differences = compare(ours, theirs, progress)
+            return Migration(ours.place, theirs.place, tables, differences, count_left(ours))
+        check_portable(ours, to_server=isinstance(there, DatabaseUrl))
+        with closing(open_database(there, Opening.FILL)) as theirs:
+            copy = Copy(theirs, ours)
+            copy.begin()
+            copy.fill(progress)
+            tables = copy.verify(progress)
+            n_vectors = None if vectors is None else _make_index(theirs, there, vectors, progress)
+            copy.finish()
+            return Migration(ours.place, theirs.place, tables, left=count_left(ours), index=n_vectors)
+
+
+def _make_index(
+    database: Backend,
+    address: Path | DatabaseUrl,
+    vectors: str,
+    progress: Callable[[str, int, int], None] | None,
+) -> int:
+    """Make an index of all vectors that the commonest embedder of the store made, and see that it holds them.
+
+    :return: how many these are.
+    """
+    from memory_os.stores.records import Records
+
+    store = Records(database, count_tokens=len)  # nothing is stored
+    fingerprint = store.main_fingerprint()
+    if fingerprint is None:
+        return 0
+    index = _index(vectors, store, fingerprint, address)
+    total = 0
+    try:
+        names = store.namespaces(emptied=True)
+        for n, namespace in enumerate(names, start=1):
+            n_vectors = store.count_vectors(namespace, fingerprint)
+            if isinstance(index, KeptIndex):
+                index.mend(namespace)
+                wrong = any(index.differences(namespace).values())
+            else:
+                index.sync(namespace)
+                wrong = len(index.ids(namespace)) != n_vectors
+            if wrong:
+                raise StoreError(
+                    f"the index {without_password(vectors)} does not hold the {n_vectors} vectors of "
+                    f"{'/'.join(namespace)}; see that nothing else writes to it, and run it again"
+                )
+            total += n_vectors
+            if progress:
+                progress("namespaces in the index", n, len(names))
+    finally:
+        index.close()
+    return total
+
+
+def _index(vectors: str, store: RecordStore, fingerprint: str, address: Path | DatabaseUrl) -> VectorIndex:
+    """The index of this name over a store."""
+    if vectors in VECTORS:
+        return VECTORS[vectors](store, fingerprint, address if isinstance(address, Path) else None)
+    return _chroma_server(store, fingerprint, vectors)
+
+
+def _check_vectors(vectors: str, address: Path | DatabaseUrl) -> None:
+    """Make sure that there is such an index for this sort of database; before anything is opened."""
+    if vectors not in VECTORS and not vectors.startswith(CHROMA_SERVER):
+        shown = vectors if "://" not in vectors else vectors.partition("://")[0]  # the rest may hold a token
+        raise UnknownNameError("vector index", shown, VECTORS, "or chroma+http://HOST:PORT for a Chroma server")
+    if vectors == "pgvector" and isinstance(address, Path):
+        raise ConfigError(
+            "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+        )
+    if vectors == "chroma" and isinstance(address, DatabaseUrl):
         raise ConfigError(
             "vectors='chroma' keeps a folder beside the database's file, and a server has none; "
             "choose 'exact', 'pgvector' or a Chroma server"
         )
-    if CachingLLM in controller.needs:
+
+
+def _check_place(controller: Controller, address: Path | DatabaseUrl) -> None:
+    """Make sure that the controller works with this sort of database; before anything is opened."""
+    if CachingLLM in controller.needs and isinstance(address, DatabaseUrl):
         raise ConfigError(
             f"controller {controller.name!r} keeps keys and values in files beside the database, and a server has no "
             "such place; open a file's path, or choose another controller"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,7 @@ import sqlalchemy as sa
 from memory_os.errors import StoreError
 from memory_os.types import Namespace
 
-__all__ = ["CLOSED", "Backend", "TryAgain", "again"]
+__all__ = ["CLOSED", "Backend", "Opening", "TryAgain", "again"]
 
 CLOSED = "{} was closed; open the memory again: Memory.open"
 
@@ -26,6 +27,17 @@ T = TypeVar("T")
 
 PATIENCE_S = 10
 """So long a call is repeated while the database says that it changed nothing and that it may go better next time."""
+
+
+class Opening(Enum):
+    """What a database is opened for, and so what may be done to it on the way."""
+
+    USE = "use"
+    """A memory: it is made where there is none, and brought to the newest schema."""
+    READ = "read"
+    """To be read as it is: nothing is made, upgraded or finished."""
+    FILL = "fill"
+    """To be made a copy of another, also where that was begun before."""
 
 
 class Backend(Protocol):

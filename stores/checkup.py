@@ -18,7 +18,7 @@ from memory_os.stores.schema import VECTOR_TASK, item_texts, namespaces, pending
 if TYPE_CHECKING:
     from memory_os.types import Trace
 
-__all__ = ["find_deep_faults", "find_faults", "mend", "mend_deep"]
+__all__ = ["find_deep_faults", "find_faults", "find_lexical_faults", "mend", "mend_deep"]
 
 DIFFER = {
     "sqlite": {
@@ -116,6 +116,14 @@ def find_faults(database: Backend, fingerprint: str) -> dict[str, list[str]]:
     faults["damage"] = database.damage(deep=False)
     faults["lexical_index"] = database.lexical_damage() if readable else ["the lexical index cannot be read"]
     return faults
+
+
+def find_lexical_faults(database: Backend) -> dict[str, list[str]]:
+    """As ``find_faults``, of the lexical index only."""
+    asked = {kind: query for kind, query in FAULTS.items() if "lexical" in kind}
+    with database.read() as connection:
+        faults = _found(connection, asked, {})
+    return {**faults, "lexical_index": database.lexical_damage()}
 
 
 def _linked(connection: sa.Connection, fingerprint: str, *, lexical: bool = True) -> dict[str, list[str]]:

@@ -22,10 +22,11 @@ from sqlalchemy import event
 
 from memory_os.errors import StoreError
 from memory_os.stores import chroma, files, fts5, residue, scrub, vectorfile
-from memory_os.stores.backend import CLOSED
+from memory_os.stores.backend import CLOSED, Opening
 from memory_os.stores.backup import back_up
 from memory_os.stores.manifest import bank_folder
 from memory_os.stores.schema import HEAD
+from memory_os.stores.unfinished import may_be_opened
 from memory_os.stores.upgrade import Upgrade
 from memory_os.types import Namespace
 
@@ -47,16 +48,20 @@ _inherited: set[Path] = set()
 class Database:
     """``Backend`` over one file; whose rows a transaction is about makes no difference to it.
 
+    :param opening: what for; see ``Opening``.
     :raises StoreError: if it cannot be opened, created or migrated.
     :raises SchemaError: if it was written by a newer version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opening: Opening = Opening.USE) -> None:
         self.path = path
+        self._opening = opening
         if path in _inherited:
             raise StoreError(FORKED.format(path))
         if not path.parent.is_dir():
             raise StoreError(f"cannot open {path}: the folder {path.parent} does not exist; create it first")
+        if opening is Opening.READ and not (path.exists() and path.stat().st_size):
+            raise StoreError(f"cannot read {path}: there is no such memory; name the store that is to be read")
         if path.is_dir():
             raise StoreError(f"cannot open {path}: it is a folder; name a file in it, such as {path / 'memory.db'}")
         # no bound on connections: writers that wait for the lock hold one each, and must not keep readers out
@@ -78,7 +83,8 @@ class Database:
         try:
             self._migrate()
             self._inode = files.hold(path)
-            self.scrub_what_is_due(patience_s=1)
+            if opening is Opening.USE:
+                self.scrub_what_is_due(patience_s=1)
         except BaseException:
             self._disconnect()
             raise
@@ -134,14 +140,15 @@ class Database:
                 self._snapshot.connection = before
 
     def _migrate(self) -> None:
-        found = self._revision()
-        if found == HEAD:
-            return
+        with self.read() as connection:
+            found = _revision_of(connection)
+            if may_be_opened(connection, self.place, found, HEAD, self._opening):
+                return
         steps = Upgrade(self.place, HEAD)
         steps.check(found)
         with self.write() as connection:  # the write lock: of two processes that open a file, one migrates
             found = _revision_of(connection)
-            if found == HEAD:
+            if may_be_opened(connection, self.place, found, HEAD, self._opening):
                 return
             steps.check(found)
             copy = self._back_up() if found and _has_content(connection) else None
@@ -159,10 +166,6 @@ class Database:
             source = connection.connection.driver_connection
             assert isinstance(source, sqlite3.Connection)
             return back_up(source, self.path, HEAD)
-
-    def _revision(self) -> str | None:
-        with self.read() as connection:
-            return _revision_of(connection)
 
     def size_bytes(self) -> int:
         """Bytes on disk, the write-ahead log included."""

@@ -23,12 +23,13 @@ import sqlalchemy as sa
 from memory_os.address import without_password
 from memory_os.errors import MissingExtraError, StoreError
 from memory_os.stores import postings
-from memory_os.stores.backend import CLOSED, PATIENCE_S, TryAgain
+from memory_os.stores.backend import CLOSED, PATIENCE_S, Opening, TryAgain
 from memory_os.stores.partitions import SETTING, part_of
 from memory_os.stores.pgconnect import MORE, POOL, address_of, engine_of
 from memory_os.stores.pgerrors import LOCK_TIMEOUT_S, UNDONE, bare, is_lost, problem
 from memory_os.stores.rows import as_labels
 from memory_os.stores.schema import HEAD
+from memory_os.stores.unfinished import may_be_opened
 from memory_os.stores.upgrade import Upgrade
 from memory_os.stores.vacuum import vacuumed
 from memory_os.types import Namespace
@@ -65,6 +66,7 @@ class Postgres:
     """``Backend`` over a PostgreSQL database.
 
     :param url: ``postgresql+psycopg://user:password@host:port/database``, which is made if it holds no tables yet.
+    :param opening: what for; see ``Opening``.
     :raises MissingExtraError: without the package psycopg.
     :raises StoreError: if it cannot be connected to, or its tables cannot be made.
     :raises SchemaError: if it was written by a newer version.
@@ -72,7 +74,7 @@ class Postgres:
 
     bank_folder: Path | None = None  # its files would stand on one machine, and its manifest be everybody's
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, opening: Opening = Opening.USE) -> None:
         try:
             import psycopg  # noqa: F401
         except ImportError as error:
@@ -89,7 +91,7 @@ class Postgres:
         self._deleted_in: set[int] = set()
         try:
             self._check()
-            self._migrate()
+            self._migrate(opening)
         except BaseException:
             self.close()
             raise
@@ -246,15 +248,15 @@ class Postgres:
                 "createdb --encoding=UTF8 --template=template0 NAME"
             )
 
-    def _migrate(self) -> None:
+    def _migrate(self, opening: Opening) -> None:
         with self._translated(), self._reader.connect() as connection:
-            if _revision_of(connection) == HEAD:
+            if may_be_opened(connection, self.place, _revision_of(connection), HEAD, opening):
                 return
         steps = Upgrade(self.place, HEAD)
         with self.write() as connection:  # all steps are one transaction
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATING})")  # of two that open it, one
             found = _revision_of(connection)
-            if found == HEAD:
+            if may_be_opened(connection, self.place, found, HEAD, opening):
                 return
             steps.run(connection, found)
         if found:

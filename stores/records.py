@@ -508,6 +508,14 @@ class Records:
             query = select(func.count()).where(c.namespace_id == ns, c.fingerprint == fingerprint)
             return connection.execute(query).scalar_one()
 
+    def main_fingerprint(self) -> str | None:
+        """The embedder that made the most vectors of the store; ``None`` where there are none."""
+        number = func.count().label("number")
+        query = select(vectors.c.fingerprint, number).group_by(vectors.c.fingerprint)
+        with self.database.read() as connection:
+            row = connection.execute(query.order_by(number.desc(), vectors.c.fingerprint).limit(1)).one_or_none()
+        return row.fingerprint if row else None
+
     def vectors_of(
         self, namespace: Namespace, fingerprint: str, ids: Sequence[str]
     ) -> tuple[list[str], list[int], Matrix]:
