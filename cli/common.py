@@ -109,6 +109,8 @@ def opened(
         bank=settings.bank,
         retention_days=settings.retention_days if writes else None,
         redact=settings.redact,
+        derive=settings.derive,
+        max_pending=settings.max_pending,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import ask, bank, bench, chat, data, forget, inspect
+from memory_os.cli import ask, bank, bench, chat, data, forget, inspect, worker
 
 __all__ = ["app", "run"]
 
@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": data.import_,
     "stats": inspect.stats,
     "bank": bank.bank,
+    "worker": worker.worker,
     "doctor": inspect.doctor,
     "config": inspect.config,
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from memory_os.address import DatabaseUrl, is_server, without_password
 from memory_os.backlog import Backlog, Made, VectorBacklog
+from memory_os.bound import Bound
 from memory_os.derive import embed
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
     from memory_os.forget import Retention
-    from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+    from memory_os.protocols import LLM, Controller, Embedder, EmbedderPool, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
     from memory_os.stores.backend import Backend
 
@@ -36,6 +38,7 @@ __all__ = [
     "make_controller",
     "make_embedder",
     "make_llm",
+    "make_pool",
     "open_database",
     "tokenizer_of",
 ]
@@ -160,6 +163,8 @@ def build_parts(
     bank: BankOptions,
     retention: Retention | None = None,
     redact: Redact | None = None,
+    derive: str = "here",
+    max_pending: int | None = None,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -169,6 +174,14 @@ def build_parts(
     for what, name in (("LLM", llm), ("embedder", embedder), ("controller", controller), ("tokenizer", tokenizer)):
         if isinstance(name, str):
             as_ref(name, what)
+    if derive not in ("here", "workers"):
+        raise UnknownNameError("place to derive", derive, ("here", "workers"))
+    if max_pending is not None and derive != "workers":
+        raise ConfigError(
+            'max_pending bounds what waits for workers: open the memory with derive="workers", or without'
+        )
+    if max_pending is not None and max_pending < 1:
+        raise ConfigError(f"max_pending must be at least 1, not {max_pending}")
     address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
@@ -184,6 +197,7 @@ def build_parts(
     from memory_os.adapters.tokenizers import counter_for
     from memory_os.stores.bank import SegmentBank
     from memory_os.stores.items import ItemRows
+    from memory_os.stores.queue import Queue
     from memory_os.stores.records import Records
 
     database = open_database(address)
@@ -195,6 +209,7 @@ def build_parts(
         store.close()
         raise
     items = ItemRows(database, redact=redact)
+    queue = Queue(database)
     folder = database.bank_folder
 
     def count_missing(namespace: Namespace) -> int:
@@ -207,11 +222,14 @@ def build_parts(
         made = Items(items, chosen_embedder, namespace).catch_up(limit=most)
         return Made(made, made)
 
+    again = partial(make_embedder, embedder) if isinstance(embedder, str) else partial(_itself, chosen_embedder)
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
         backlog=Backlog(store), bank=SegmentBank(database, folder, bank) if folder else None,
-        items=items, retention=retention,
+        items=items, retention=retention, queue=queue, leaves_work=derive == "workers",
+        bound=Bound(queue, max_pending) if max_pending is not None else None,
+        make_embedder=again,
     )  # fmt: skip
 
 
@@ -322,6 +340,25 @@ def make_embedder(name: str) -> Embedder:
         return LangChainEmbedder.from_string(name)
     hint = "or st:NAME for any sentence-transformers model or folder, or provider:model through LangChain"
     raise UnknownNameError("embedder", name, EMBEDDERS, hint)
+
+
+def _itself(embedder: Embedder) -> Embedder:
+    return embedder
+
+
+def make_pool(make: Callable[[], Embedder], fingerprint: str, workers: int, *, ray: bool) -> EmbedderPool:
+    """So many processes of this machine that embed, or actors of a Ray cluster.
+
+    :raises ConfigError: for fewer than 1, or an embedder that cannot be sent to them.
+    :raises MissingExtraError: without the package ray.
+    """
+    if ray:
+        from memory_os.adapters.ray_pool import RayPool
+
+        return RayPool(make, fingerprint, workers)
+    from memory_os.adapters.processes import ProcessPool
+
+    return ProcessPool(make, fingerprint, workers)
 
 
 def make_llm(name: str) -> LLM:
