@@ -23,31 +23,36 @@ from memory_os.protocols import Embedder, vectors_of
 if TYPE_CHECKING:
     from memory_os.protocols import Matrix
 
-__all__ = ["ProcessPool", "made", "picklable"]
+__all__ = ["ProcessPool", "made", "sendable"]
 
 Vectors = tuple["Matrix", list[bytes] | None]
 
 
-def picklable(make: Callable[[], Embedder]) -> Callable[[], Embedder]:
-    """What makes an embedder, if it can be sent to another process.
+def sendable(make: Callable[[], Embedder]) -> bytes:
+    """What makes an embedder, as ``made`` takes it in another process.
 
-    :raises ConfigError: if it cannot.
+    :raises ConfigError: if it cannot be sent.
     """
     try:
-        pickle.dumps(make)
+        return pickle.dumps(make)
     except Exception as error:  # whatever a foreign object raises
         raise ConfigError(
             "this embedder cannot be sent to other processes; open the memory with the name of one, such as minilm"
         ) from error
-    return make
 
 
-def made(make: Callable[[], Embedder], fingerprint: str) -> Embedder:
+def made(make: bytes, fingerprint: str) -> Embedder:
     """The embedder, made where this is called.
 
-    :raises ConfigError: if its vectors would be others.
+    :raises ConfigError: if it cannot be, or its vectors would be others.
     """
-    embedder = make()
+    try:
+        embedder: Embedder = pickle.loads(make)()
+    except Exception as error:  # such as a module that is not there
+        raise ConfigError(
+            f"the embedder cannot be made in another process ({error!r}); open the memory with the name of one, such "
+            "as minilm, or define its class in a module that can be imported there"
+        ) from error
     if embedder.fingerprint != fingerprint:
         raise ConfigError(
             f"the embedder is {embedder.fingerprint!r} there and {fingerprint!r} here; install the same packages"
@@ -67,7 +72,7 @@ class ProcessPool:
     def __init__(self, make: Callable[[], Embedder], fingerprint: str, n: int) -> None:
         if n < 1:
             raise ConfigError(f"embedding needs at least 1 process, not {n}")
-        self._make, self._fingerprint, self._n = picklable(make), fingerprint, n
+        self._make, self._fingerprint, self._n = sendable(make), fingerprint, n
         self._processes: ProcessPoolExecutor | None = None
 
     def embed(self, batches: Iterable[Sequence[str]]) -> Iterator[Vectors]:
@@ -120,7 +125,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _vectors(make: Callable[[], Embedder], fingerprint: str, texts: list[str]) -> Vectors:
+def _vectors(make: bytes, fingerprint: str, texts: list[str]) -> Vectors:
     """In a child: the first batch makes the embedder."""
     global _embedder
     _embedder = _embedder or made(make, fingerprint)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from memory_os.adapters.processes import made, picklable
+from memory_os.adapters.processes import made, sendable
 from memory_os.errors import ConfigError, MissingExtraError
 from memory_os.protocols import Embedder, vectors_of
 
@@ -41,7 +41,7 @@ class RayPool:
             import ray.data  # noqa: F401
         except ImportError as error:
             raise MissingExtraError("embedding on Ray", "ray[data]", "ray") from error
-        self._make, self._fingerprint, self._n = picklable(make), fingerprint, n
+        self._make, self._fingerprint, self._n = sendable(make), fingerprint, n
         self._started = False
 
     def embed(self, batches: Iterable[Sequence[str]]) -> Iterator[tuple[Matrix, list[bytes] | None]]:
@@ -87,7 +87,7 @@ class RayPool:
 class _Actor:
     """An embedder on a node. Vectors travel as bytes: so they come back as they were made."""
 
-    def __init__(self, make: Callable[[], Embedder], fingerprint: str) -> None:
+    def __init__(self, make: bytes, fingerprint: str) -> None:
         self._embedder = made(make, fingerprint)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from memory_os.errors import InvalidInputError, MissingExtraError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "heat_maps", "writable"]
+__all__ = ["costs", "curves", "heat_maps", "writable"]
 
 DPI = 150
 
@@ -54,6 +54,26 @@ def curves(file: Path, title: str, series: Mapping[str, Sequence[tuple[float, fl
     axes.set(title=title, xlabel="tokens in the context (mean)", ylabel="evidence in the context, %", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(file, dpi=DPI)
+
+
+def costs(file: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
+    """Draw costs against size, both logarithmic, one panel a cost.
+
+    :param panels: points ``(size, cost)`` by cost and by name; the first name is ours and stands out.
+    :raises MissingExtraError: without matplotlib.
+    """
+    figure = _figure(11, 7.5)
+    figure.suptitle(title)
+    grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    for axes, (cost, series) in zip(grid, panels.items(), strict=False):
+        for number, (name, points) in enumerate(series.items()):
+            if points:
+                line = "-o" if number == 0 else "--."
+                axes.plot(*zip(*points, strict=True), line, label=name, linewidth=2.2 if number == 0 else 1.3)
+        axes.set(xscale="log", yscale="log", xlabel="segments", ylabel=cost)
+        axes.grid(alpha=0.3)
+    grid[0].legend(frameon=False)
     figure.savefig(file, dpi=DPI)
 
 

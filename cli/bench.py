@@ -421,6 +421,54 @@ def speed(
         figures.print_speed(results)
 
 
+@app.command()
+def scale(
+    sizes: Annotated[str, typer.Option("--sizes", help="Segments in one namespace, with commas.")] = "1k,10k,100k,1M",
+    namespaces: Annotated[
+        int, typer.Option("--namespaces", min=0, help="So many namespaces of 100 segments each, too.")
+    ] = 10_000,
+    peers: Annotated[
+        str, typer.Option("--peers", help="chroma, langgraph-memory, langgraph-sqlite, mem0; with commas.")
+    ] = "chroma,langgraph-memory,langgraph-sqlite,mem0",
+    limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds that a peer may take for a size.")] = 600.0,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="How many are asked of each size.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of texts, vectors and questions.")] = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where the databases lie meanwhile; 1M segments take 5 GB.")
+    ] = None,
+    json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="The plot's file; bench-scale.png, and none with --json.")
+    ] = None,
+    no_plot: NoPlot = False,
+) -> None:
+    """Measure what a memory costs as it grows: ingest, search, context, cold start and bytes, beside peers.
+
+    Texts and vectors are made up from the seed, and no encoder takes part. With 1M segments it takes an hour.
+
+    Example: memos bench scale --sizes 1k,10k --namespaces 100 --peers chroma
+
+    JSON: machine, systems {name: {segments: {ingest_per_s, bytes_per_segment, search_p95_ms, ...} or {stopped}}},
+    namespaces {the same}, growth {name: {cost: exponent}}, left_out {peer: why}, seed, k, budget, questions.
+    """
+    from memory_os.benchmarks import scale as benchmark
+
+    lengths, names = numbers(sizes), words(peers)
+    file = plot_file(plot, "bench-scale.png", json, no_plot)
+    for line in benchmark.missing(names).values():
+        render.talk().print(line, markup=False, soft_wrap=True)
+    with progress() as show:
+        report = benchmark.measure(
+            sizes=lengths, peers=names, namespaces=namespaces, seed=seed, questions=questions, limit_s=limit,
+            folder=folder, progress=show,
+        )  # fmt: skip
+    if json:
+        render.print_json(report)
+    else:
+        figures.print_scale(report)
+    draw_costs(file, report)
+
+
 # -- what is given -----------------------------------------------------------------------------------------------------
 
 
@@ -514,6 +562,24 @@ def draw_maps(file: Path | None, report: dict[str, Any]) -> None:
     lengths, depths = [f"{int(length):,}" for length in first], list(next(iter(first.values())))
     title = f"Planted facts in a context of {report['budget']} tokens, %"
     drawn(file, lambda target: plot.heat_maps(target, title, maps, lengths, depths))
+
+
+def draw_costs(file: Path | None, report: dict[str, Any]) -> None:
+    """Each cost against the number of segments, ours and the peers'."""
+    from memory_os.benchmarks import plot
+
+    costs = {
+        "search, p95 ms": "search_p95_ms", "cold first answer, s": "cold_first_answer_s",
+        "own memory, MB": "resident_own_mb", "ingest, segments per s": "ingest_per_s",
+    }  # fmt: skip
+    panels = {
+        title: {
+            name: [(int(size), each[cost]) for size, each in sizes.items() if each.get(cost)]
+            for name, sizes in report["systems"].items()
+        }
+        for title, cost in costs.items()
+    }
+    drawn(file, lambda target: plot.costs(target, "Cost against segments in one namespace", panels))
 
 
 def drawn(file: Path | None, draw: Callable[[Path], None]) -> None:

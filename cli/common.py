@@ -57,7 +57,8 @@ Embedder = Annotated[
     str | None, typer.Option("--embedder", help="minilm, st:NAME, provider:model or hash.", rich_help_panel="Settings")
 ]
 Vectors = Annotated[
-    str | None, typer.Option("--vectors", help="exact, chroma or pgvector.", rich_help_panel="Settings")
+    str | None,
+    typer.Option("--vectors", help="exact, chroma, pgvector, or chroma+http://HOST:PORT.", rich_help_panel="Settings"),
 ]
 Controller = Annotated[
     str | None,
@@ -111,6 +112,7 @@ def opened(
         redact=settings.redact,
         derive=settings.derive,
         max_pending=settings.max_pending,
+        telemetry=settings.telemetry,
     ) as memory:
         scope = memory.namespace(*settings.labels)
         yield memory, scope.session(settings.session) if settings.session else scope, settings

@@ -15,6 +15,7 @@ __all__ = [
     "print_evidence",
     "print_needles",
     "print_report",
+    "print_scale",
     "print_speed",
     "print_systems",
     "print_xl3m",
@@ -224,3 +225,32 @@ def print_speed(results: dict[str, Any]) -> None:
         cells = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in figures.items()}
         out.print()
         out.print(render.pairs_table(cells, title, "measured"))
+
+
+SCALE = {
+    "ingest_per_s": "ingest/s", "bytes_per_segment": "bytes each", "search_p50_ms": "search p50",
+    "search_p95_ms": "p95 ms", "context_p50_ms": "context p50", "context_p95_ms": "p95 ms",
+    "cold_first_answer_s": "cold s", "resident_own_mb": "own MB", "resident_mb": "resident MB", "recall": "recall",
+}  # fmt: skip
+
+
+def print_scale(report: dict[str, Any]) -> None:
+    """A row for each system and size, and how the costs grow."""
+    out = render.out()
+    table = render.figures_table("segments", *SCALE.values())
+    rows = [
+        (f"{name}, {int(size):,}", each) for name, sizes in report["systems"].items() for size, each in sizes.items()
+    ]
+    if "namespaces" in report:
+        told = report["namespaces"]
+        rows.append((f"memory_os, {told['namespaces']:,} x {told['per_namespace']}", told))
+    for title, each in rows:
+        if "stopped" in each:
+            out.print(f"{title}: {each['stopped']}", markup=False)
+        else:
+            table.add_row(title, *(f"{each[key]:,}" if key in each else "-" for key in SCALE))
+    out.print(table)
+    for name, costs in report["growth"].items():
+        if costs:
+            told = ", ".join(f"{cost} {power}" for cost, power in costs.items())
+            out.print(f"{name} grows with the power (1 is linear): {told}", markup=False)

@@ -135,10 +135,11 @@ def _tell(counts: Mapping[str, int], preview: bool, json: bool, store: Path | Da
     in_files = isinstance(store, Path)
     if counts.get("unfinished"):
         talk.print(
-            "Another process is reading the store: its files hold the text until the store is next opened."
+            "Another process is reading the store, whose files hold the text until it is next opened; or the Chroma "
+            "server is away, and holds the vectors until it is back."
             if in_files
             else "The rows are gone, but the tables could not be cleaned of them: somebody still reads the database as "
-            "it was, or the tables are another role's. Have their owner run VACUUM.",
+            "it was, or the tables are another role's: have their owner run VACUUM. Or the Chroma server is away.",
             style="yellow",
         )
     if counts.get("residue"):

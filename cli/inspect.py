@@ -239,17 +239,23 @@ def config(
 
     JSON: {name: {"value", "source"}}
     """
-    from memory_os.config import config_path, load
+    from memory_os.config import config_path, load, without_secrets
 
     flags = {
         "store": store, "namespace": namespace, "session": session, "budget": budget, "tokenizer": tokenizer,
         "llm": llm, "embedder": embedder, "vectors": vectors, "controller": controller,
     }  # fmt: skip
     _, origins = load(flags)
+
+    def shown(value: object) -> object:
+        return without_secrets(value) if isinstance(value, str) else value
+
     if json:
-        render.print_json({name: {"value": origin.value, "source": origin.source} for name, origin in origins.items()})
+        render.print_json(
+            {name: {"value": shown(origin.value), "source": origin.source} for name, origin in origins.items()}
+        )
         return
-    rows = {name: [str(origin.value), origin.source] for name, origin in origins.items()}
+    rows = {name: [str(shown(origin.value)), origin.source] for name, origin in origins.items()}
     render.out().print(render.pairs_table(rows, "setting", "value", "from"))
     line = f"The file is {config_path()}; a variable is MEMOS_ and the setting's name in capitals."
     render.talk().print(render.plain(line))

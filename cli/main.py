@@ -36,8 +36,15 @@ def memos(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", envvar="MEMOS_LOG_JSON", help="Write logs to stderr as JSON, without texts.")
+    ] = False,
 ) -> None:
     """Memory for any LLM: it decides every turn what enters the bounded context, and says why."""
+    if log_json:
+        from memory_os.telemetry import log_as_json
+
+        log_as_json(sys.stderr)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

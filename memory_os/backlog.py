@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from memory_os import turn_summary
+from memory_os.derive import told
 from memory_os.errors import LLMError
 from memory_os.protocols import LLM, RecordStore
 from memory_os.types import Namespace, Segment
@@ -103,13 +104,14 @@ class Backlog:
                 try:
                     text = turn_summary.summarize(segment.text, llm, stop)
                 except LLMError as error:  # asked again when the summary is needed
-                    log.warning("no summary of #%d: %s", segment.seq, error)
+                    # not what it said: a server may repeat the prompt
+                    log.warning("no summary of #%d: the LLM failed (%s)", segment.seq, told(error.__cause__ or error))
                     self._failed.add(segment.id)
                     continue
                 if text is not None:
                     self._store.put_summary(namespace, segment.id, turn_summary.by_llm(llm), text)
         except Exception as error:  # the list keeps what was not done, whatever the disk or a foreign LLM raises
-            log.warning("summaries are left for later: %s", error)
+            log.warning("summaries are left for later: %s", told(error))
 
 
 class Made(NamedTuple):
@@ -210,7 +212,7 @@ class VectorBacklog:
                     self._newest = not self._newest
                 self._note(namespace, left - made if made else 0)
             except Exception as error:  # whatever a foreign embedder raises: tried again when memory is next used
-                log.warning("vectors are left for later: %s", error)
+                log.warning("vectors are left for later: the embedder failed (%s)", told(error))
                 self._note(namespace, 0, f"{type(error).__name__}: {error}")
 
     def _note(self, namespace: Namespace, left: int, failure: str = "") -> None:

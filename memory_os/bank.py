@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+from memory_os.derive import told
 from memory_os.errors import ConfigError, LLMError
 from memory_os.pack import CachedFrame, cached_line
 from memory_os.protocols import KV, Bank, BankStatus, CachingLLM, RecordStore
@@ -82,7 +83,9 @@ class LLMBank:
             for batch in self._batches([segment for segment in segments if segment.id not in there]):
                 self._put(namespace, batch)
         except LLMError as error:  # derived: computed again when it is needed
-            log.warning("the bank lacks %d segments: %s", len(segments), error)
+            log.warning(
+                "the bank lacks %d segments: the LLM failed (%s)", len(segments), told(error.__cause__ or error)
+            )
 
     def fill(
         self,

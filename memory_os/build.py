@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,7 @@ from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNa
 from memory_os.items import Items
 from memory_os.limits import as_ref
 from memory_os.protocols import CachingLLM
+from memory_os.telemetry import Telemetry
 from memory_os.turn import Options, Parts
 from memory_os.types import BankOptions, Namespace
 
@@ -98,24 +100,32 @@ def _longmem_free(options: Mapping[str, Any]) -> Controller:
     return LongMemFreeController(**options)
 
 
-def _exact(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+def _exact(store: RecordStore, fingerprint: str, path: Path | None) -> VectorIndex:
     from memory_os.stores.exact import ExactIndex
+    from memory_os.stores.vectorfile import folder_of
 
-    return ExactIndex(store, fingerprint=fingerprint)
+    return ExactIndex(store, fingerprint=fingerprint, folder=folder_of(path) if path else None)
 
 
-def _chroma(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+def _chroma(store: RecordStore, fingerprint: str, path: Path | None) -> VectorIndex:
     from memory_os.stores.chroma import ChromaIndex, folder_of
 
+    assert path
     return ChromaIndex(store, fingerprint=fingerprint, folder=folder_of(path))
 
 
-def _pgvector(store: RecordStore, fingerprint: str, path: Path) -> VectorIndex:
+def _pgvector(store: RecordStore, fingerprint: str, path: Path | None) -> VectorIndex:
     from memory_os.stores.pgvector import PgVectorIndex
     from memory_os.stores.records import Records
 
     assert isinstance(store, Records)
     return PgVectorIndex(store.database, fingerprint=fingerprint)
+
+
+def _chroma_server(store: RecordStore, fingerprint: str, url: str) -> VectorIndex:
+    from memory_os.stores.chroma_server import ChromaServerIndex, read_address
+
+    return ChromaServerIndex(store, fingerprint=fingerprint, address=read_address(url, os.environ))
 
 
 def _minilm() -> Embedder:
@@ -137,11 +147,12 @@ CONTROLLERS: dict[str, Callable[[Mapping[str, Any]], Controller]] = {
 }  # fmt: skip
 ASKING = ("scm", "scm-paper", "scm-repo", "xl3m", "xl3m-scan", "alr2", "longmem-free")
 """Controllers that use the LLM, where there is one, before it replies."""
-VECTORS: dict[str, Callable[[RecordStore, str, Path], VectorIndex]] = {
+VECTORS: dict[str, Callable[[RecordStore, str, Path | None], VectorIndex]] = {
     "exact": _exact,
     "chroma": _chroma,
     "pgvector": _pgvector,
 }
+CHROMA_SERVER = ("chroma+http://", "chroma+https://")
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
 ADAPTERS_WITH = {
@@ -165,6 +176,7 @@ def build_parts(
     redact: Redact | None = None,
     derive: str = "here",
     max_pending: int | None = None,
+    telemetry: bool = False,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
 
@@ -187,24 +199,39 @@ def build_parts(
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
     check_llm(chosen_controller, chosen_llm)
     chosen_embedder = make_embedder(embedder) if isinstance(embedder, str) else _own_embedder(embedder)
-    if vectors not in VECTORS:
-        raise UnknownNameError("vector index", vectors, VECTORS)
+    if vectors not in VECTORS and not vectors.startswith(CHROMA_SERVER):
+        shown = vectors if "://" not in vectors else vectors.partition("://")[0]  # the rest may hold a token
+        raise UnknownNameError("vector index", shown, VECTORS, "or chroma+http://HOST:PORT for a Chroma server")
     _check_place(vectors, chosen_controller, address)
     counter = _counter(tokenizer, chosen_llm)
     if CachingLLM in chosen_controller.needs and counter is not chosen_llm:
         raise ConfigError(f"controller {chosen_controller.name!r} counts in the LLM's own tokens; leave out tokenizer")
 
-    from memory_os.adapters.tokenizers import counter_for
+    from memory_os.adapters.tokenizers import TiktokenCounter
     from memory_os.stores.bank import SegmentBank
     from memory_os.stores.items import ItemRows
     from memory_os.stores.queue import Queue
     from memory_os.stores.records import Records
 
+    @cache  # read when the first text is stored
+    def tokens() -> TiktokenCounter:
+        return TiktokenCounter("cl100k_base")
+
     database = open_database(address)
-    store = Records(database, count_tokens=lambda text: counter_for("cl100k_base").count_text(text), redact=redact)
-    beside = address if isinstance(address, Path) else Path()  # where a server's database is, none of ours can be
+    store = Records(
+        database,
+        count_tokens=lambda text: tokens().count_text(text),
+        count_many=lambda texts: tokens().count_texts(texts),
+        redact=redact,
+    )
+    beside = address if isinstance(address, Path) else None
     try:
-        index = VECTORS[vectors](store, chosen_embedder.fingerprint, beside)
+        make_index = VECTORS.get(vectors)
+        index = (
+            make_index(store, chosen_embedder.fingerprint, beside)
+            if make_index
+            else _chroma_server(store, chosen_embedder.fingerprint, vectors)
+        )
     except BaseException:
         store.close()
         raise
@@ -223,6 +250,10 @@ def build_parts(
         return Made(made, made)
 
     again = partial(make_embedder, embedder) if isinstance(embedder, str) else partial(_itself, chosen_embedder)
+
+    def count_all_missing() -> int:
+        return sum(map(count_missing, store.namespaces()))
+
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
@@ -230,6 +261,7 @@ def build_parts(
         items=items, retention=retention, queue=queue, leaves_work=derive == "workers",
         bound=Bound(queue, max_pending) if max_pending is not None else None,
         make_embedder=again,
+        telemetry=Telemetry(store.id, count_all_missing) if telemetry else None,
     )  # fmt: skip
 
 
@@ -286,10 +318,10 @@ def _check_place(vectors: str, controller: Controller, address: Path | DatabaseU
                 "vectors='pgvector' needs a PostgreSQL database: open postgresql+psycopg://USER:PASSWORD@HOST/NAME"
             )
         return
-    if vectors not in ("exact", "pgvector"):
+    if vectors == "chroma":
         raise ConfigError(
-            f"vectors={vectors!r} keeps a folder beside the database's file, and a server has none; "
-            "choose 'exact' or 'pgvector'"
+            "vectors='chroma' keeps a folder beside the database's file, and a server has none; "
+            "choose 'exact', 'pgvector' or a Chroma server"
         )
     if CachingLLM in controller.needs:
         raise ConfigError(

@@ -22,10 +22,10 @@ from memory_os.limits import is_storable
 from memory_os.turn import Options
 from memory_os.types import BankOptions
 
-__all__ = ["Origin", "Settings", "config_path", "format_labels", "load", "parse_labels"]
+__all__ = ["Origin", "Settings", "config_path", "format_labels", "load", "parse_labels", "without_secrets"]
 
 PREFIX = "MEMOS_"
-OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG"}
+OTHER_VARIABLES = {"MEMOS_CONFIG", "MEMOS_CACHE_DIR", "MEMOS_DEBUG", "MEMOS_LOG_JSON"}
 DEFAULTS = Options()
 BANK = BankOptions()
 
@@ -57,6 +57,15 @@ def _address(value: object) -> object:
     return value.removeprefix("sqlite://") if value.startswith("sqlite:///") else DatabaseUrl(value)
 
 
+def without_secrets(value: object) -> str:
+    """A setting as it may be shown: what a URL holds before ``@`` is left out.
+
+    >>> without_secrets("chroma+https://:abc@host:443")
+    'chroma+https://***@host:443'
+    """
+    return re.sub(r"://[^/@?#]*@", "://***@", str(value))
+
+
 class Settings(BaseSettings):
     """Everything that a command can be told; ``memos config`` lists it."""
 
@@ -69,7 +78,7 @@ class Settings(BaseSettings):
     session: str | None = None
     llm: str = "smollm2"
     embedder: str = "minilm"
-    vectors: str = "exact"
+    vectors: str = Field("exact", repr=False)  # may hold the token of a server
     controller: str = "auto"
     tokenizer: str | None = None
     budget: int = DEFAULTS.budget
@@ -80,6 +89,7 @@ class Settings(BaseSettings):
     redact: bool = False
     derive: Literal["here", "workers"] = "here"
     max_pending: int | None = None
+    telemetry: bool = False
     bank_tokens: int = BANK.max_tokens
     bank_mb: int = BANK.max_bytes // 1_000_000
     bank_policy: Literal["fifo", "lru", "surprisal"] = BANK.policy

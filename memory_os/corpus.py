@@ -7,10 +7,11 @@ read anew. So recall computes its signals by array operations and asks the datab
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from datetime import date
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from memory_os.lexical import K1, B, idf
 from memory_os.question import tells_time
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+T = TypeVar("T")
+
 __all__ = ["MAX_SEGMENTS", "Corpora", "Corpus"]
 
 MAX_SEGMENTS = 300_000
 """Namespaces of more segments are not kept in memory (about 2 KB a segment); recall then fuses ranks only."""
 MAX_NAMESPACES = 64
+MAX_ROWS = 400_000
+"""So many segments of all namespaces together: under a gigabyte. The namespace in use is kept whatever its size."""
 MAX_SEGMENTS_HELD = 20_000
 
 
@@ -95,6 +100,7 @@ class Corpus:
         self._latest: dict[int, int] = {}  # the last row of each session
         self._postings: dict[str, array[int]] = {}  # a row as often as the term stands in it
         self._segments: dict[int, Segment | None] = {}
+        self._made: dict[str, tuple[int, Any]] = {}
         self._found: dict[tuple[str, int], tuple[Ints, Vector]] = {}  # what postings() gave for this question
         self._rows = Column(COLUMNS)
         self._tokens = Column("int8", width)
@@ -140,11 +146,7 @@ class Corpus:
                 (profile.seq, session, who, profile.day, before, -1, len(profile.terms), profile.n_tokens,
                  profile.asks, profile.replies, tells_time(profile.terms), False, 0, 0)
             )  # fmt: skip
-            for term in profile.terms:
-                rows = self._postings.get(term)
-                if rows is None:
-                    rows = self._postings[term] = array("I")
-                rows.append(row)
+        self._post(profiles, n)
         self._rows.extend(np.array(records, dtype=COLUMNS))
         for earlier, later in followed:
             self.rows["after"][earlier] = later
@@ -155,6 +157,23 @@ class Corpus:
             if profile.repeats and all(self.row_of.get(id_, row) < row for id_ in profile.repeats):
                 self.rows["echo"][row] = True
                 self.n_echoes += 1
+
+    def _post(self, profiles: Sequence[Profile], n: int) -> None:
+        """Enter the terms of new rows, the first of which is row ``n``."""
+        import numpy as np
+
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__  # a term's number is how many there were before it
+        of_terms = np.array(
+            [number for profile in profiles for number in map(numbers.__getitem__, profile.terms)], dtype=np.int64
+        )
+        rows = np.repeat(np.arange(n, n + len(profiles), dtype=np.uintc), [len(profile.terms) for profile in profiles])
+        rows = rows[np.argsort(of_terms, kind="stable")]
+        ends = np.cumsum(np.bincount(of_terms, minlength=len(numbers))).tolist()
+        start = 0
+        for term, end in zip(numbers, ends, strict=True):
+            self._postings.setdefault(term, array("I")).frombytes(rows[start:end].tobytes())
+            start = end
 
     def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
         import numpy as np
@@ -208,8 +227,7 @@ class Corpus:
         """BM25 of the first ``n`` rows, as a share of what a text of these terms alone could reach; in 0 to 1."""
         import numpy as np
 
-        lengths = self.rows["n_terms"][:n]
-        norm = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        norm = self._kept("norm", n, self._norm)
         scores, most = np.zeros(n, dtype=np.float32), 0.0
         for term in terms:
             rows, occurrences = self.postings(term, n)
@@ -218,6 +236,37 @@ class Corpus:
                 scores[rows] += weight * occurrences * (K1 + 1.0) / (occurrences + norm[rows])
                 most += weight * (K1 + 1.0)
         return scores / max(most, 1e-9)
+
+    def _norm(self, n: int) -> Vector:
+        lengths = self.rows["n_terms"][:n]
+        norm: NDArray[Any] = K1 * (1.0 - B + B * lengths / max(float(lengths.mean()), 1e-9)) if n else lengths
+        return norm
+
+    def lengths(self, n: int) -> tuple[NDArray[np.float64], float]:
+        """Terms of each of the first ``n`` rows, with a zero behind them, and their mean."""
+        import numpy as np
+
+        def made(n: int) -> tuple[NDArray[np.float64], float]:
+            lengths = np.append(self.rows["n_terms"][:n], 0.0)
+            return lengths, float(lengths[:n].mean()) if n else 0.0
+
+        return self._kept("lengths", n, made)
+
+    def years(self, n: int) -> list[int]:
+        """The years in which the first ``n`` rows lie, rising."""
+        import numpy as np
+
+        def made(n: int) -> list[int]:
+            return sorted({date.fromordinal(int(day)).year for day in np.unique(self.rows["day"][:n])})
+
+        return self._kept("years", n, made)
+
+    def _kept(self, name: str, n: int, make: Callable[[int], T]) -> T:
+        """What was made of the first ``n`` rows when this was last asked for; rows never change but for ``after``."""
+        kept = self._made.get(name)
+        if kept is None or kept[0] != n:
+            kept = self._made[name] = (n, make(n))
+        return cast("T", kept[1])
 
     def token_vectors(self, rows: Ints) -> tuple[Matrix, Ints, Ints]:
         """``(unit vectors, starts, having)``: the token vectors of those ``rows[having]`` that have any, row by row."""
@@ -248,6 +297,7 @@ class Corpora:
             corpus = self._held[key] = Corpus(state.epoch, width)
         self._held.move_to_end(key)
         corpus.catch_up(store, namespace, fingerprint, state)
-        while len(self._held) > MAX_NAMESPACES:
-            self._held.popitem(last=False)
+        n_rows = sum(len(each.ids) for each in self._held.values())
+        while len(self._held) > 1 and (len(self._held) > MAX_NAMESPACES or n_rows > MAX_ROWS):
+            n_rows -= len(self._held.popitem(last=False)[1].ids)
         return corpus

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from memory_os.errors import StoreError
 from memory_os.protocols import Embedder, RecordStore, vectors_of
 from memory_os.types import Namespace, Segment
 
-__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text", "failure_of"]
+__all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text", "failure_of", "told"]
 
 BATCH = 1024
 INLINE_PENDING = 512
@@ -40,12 +41,17 @@ def deferrable(kind: type[Exception] = Exception) -> Iterator[list[str]]:
         yield failures
     except kind as error:  # whatever a foreign model raises
         failures.append(failure_of(error))
-        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", failures[0])
+        log.warning("it is stored; what is derived from it is still to be made, with the next write: %s", told(error))
 
 
 def failure_of(error: Exception) -> str:
-    """An error as notes and warnings tell of it."""
+    """An error as notes tell of it."""
     return f"{type(error).__name__}: {error}"
+
+
+def told(error: BaseException) -> str:
+    """An error as a log may tell of it: the words of a foreign one may repeat the text that it was given."""
+    return str(error) if isinstance(error, StoreError) else type(error).__name__
 
 
 def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments: Sequence[Segment]) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memory_os.derive import catch_up, embedded_text
+from memory_os.errors import StoreError
 from memory_os.items import Items
-from memory_os.protocols import TokenEmbedder
+from memory_os.protocols import KeptIndex, TokenEmbedder
 from memory_os.turn import Parts
 from memory_os.types import Namespace
 
@@ -18,7 +19,7 @@ NEAR = 0.99
 """The cosine of a vector and the same made again: on other hardware they differ a little."""
 NEAR_TOKENS = 0.95
 """As ``NEAR``, on average over the token vectors of a text, which are rounded to bytes."""
-NO_FAULT = ("pending_vectors", "pending_item_vectors", "lost_sources", "copies")
+NO_FAULT = ("pending_vectors", "pending_item_vectors", "pending_deliveries", "lost_sources", "copies")
 """What is found and is no fault: work that is left, summaries of what was not imported along, copies to be deleted."""
 BY_HAND = "restore a backup or an export: memos import"
 FIXES = {
@@ -31,6 +32,7 @@ FIXES = {
     "settings": "move the file to a local disk, which can keep a write-ahead log; of a server, turn on what is off",
     "permissions": "let nobody else write it: chmod o-w FILE",
     "lost_sources": "the summaries are of segments that are not here, as after the import of a session",
+    "index_unreachable": "start the server, or open the store without it: --vectors exact",
     "copies": "made before an upgrade, with what was forgotten since; delete them when all is well",
 }
 """What to do about what ``repair`` does not mend."""
@@ -42,7 +44,7 @@ def check(parts: Parts) -> dict[str, list[str]]:
     ``pending_vectors`` and ``pending_item_vectors`` are work that was interrupted and not a fault of the data.
     """
     faults = parts.store.check(parts.embedder.fingerprint)
-    faults["index"] = [] if faults["records"] else _index_strays(parts)
+    faults |= {"index": []} if faults["records"] else _index_faults(parts)
     faults["bank"] = parts.bank.check() if parts.bank else []
     return faults
 
@@ -57,6 +59,7 @@ def check_deep(parts: Parts, progress: Callable[[str, int, int], None] | None = 
     found = store.check_deep(embedder.fingerprint, embedder.dimension, width, progress)
     if not found:  # records that cannot be read, as check says
         return found
+    found |= _index_faults(parts, deep=True)
     # of one length, so that they can be read as a matrix
     segments, items = not found["wrong_vectors"], parts.items and not found["wrong_item_vectors"]
     names = store.namespaces()
@@ -125,12 +128,26 @@ def _like(tokens: bytes, again: bytes, width: int) -> bool:
     return bool(np.mean(np.einsum("ij,ij->i", one, other) / np.maximum(lengths, 1.0)) >= NEAR_TOKENS)
 
 
-def _index_strays(parts: Parts) -> list[str]:
-    strays: set[str] = set()
-    for namespace in parts.store.namespaces(emptied=True):
-        held = parts.index.ids(namespace)
-        strays |= held - set(parts.store.get(namespace, held))
-    return sorted(strays)
+KINDS_OF_INDEX = {
+    "index": "extra", "index_missing": "missing", "index_wrong": "wrong", "pending_deliveries": "undelivered",
+}  # fmt: skip
+
+
+def _index_faults(parts: Parts, *, deep: bool = False) -> dict[str, list[str]]:
+    """What the index holds too much (``index``); of one that is kept elsewhere also what it lacks or has wrong."""
+    index, names = parts.index, parts.store.namespaces(emptied=True)
+    if not isinstance(index, KeptIndex):
+        held = ((namespace, index.ids(namespace)) for namespace in names)
+        return {"index": sorted({id_ for ns, ids in held for id_ in ids - set(parts.store.get(ns, ids))})}
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS_OF_INDEX}
+    try:
+        for namespace in names:
+            differences = index.differences(namespace, deep=deep)
+            for kind, difference in KINDS_OF_INDEX.items():
+                found[kind] += differences[difference]
+    except StoreError as error:
+        return {**found, "index_unreachable": [str(error)]}
+    return found
 
 
 def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep: bool = False) -> dict[str, int]:
@@ -142,13 +159,14 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep:
     found = parts.store.repair(parts.embedder.fingerprint)
     if found["records"]:
         return found
-    found["index"] = len(_index_strays(parts))
+    found |= {kind: len(rows) for kind, rows in _index_faults(parts).items()}
     if found["unfinished"]:
         parts.store.scrub(None, index_purged=parts.index.purge(None))
     if deep:
         faults = check_deep(parts)
         parts.store.repair_deep(faults)
-        found |= {kind: len(rows) for kind, rows in faults.items()}
+        # the index was looked at before it was purged
+        found |= {kind: max(len(rows), found.get(kind, 0)) for kind, rows in faults.items()}
         parts.store.repair(parts.embedder.fingerprint)  # what stood under another namespace is missing from its own now
     found["bank"] = parts.bank.repair() if parts.bank else 0
     kinds = ("index", "missing_vectors", "orphan_vectors", "pending_vectors", "wrong_vectors")
@@ -163,6 +181,10 @@ def repair(parts: Parts, progress: Callable[[int], None] | None = None, *, deep:
         )
         if parts.items:
             Items(parts.items, parts.embedder, namespace).catch_up()
+        if isinstance(parts.index, KeptIndex):
+            if not found.get("index_unreachable"):
+                parts.index.mend(namespace, deep=deep)
+            continue
         if moved:
             parts.index.drop(namespace)
         parts.index.sync(namespace)

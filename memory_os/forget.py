@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from memory_os.errors import ConfigError, MemoryOSError, UnknownNameError
 from memory_os.ingest import parse_time
+from memory_os.protocols import KeptIndex
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def forget(
             for namespace in going:
                 parts.bank.release(namespace)
         purged = parts.index.purge(going if deleted.alone else None)
-        counts["unfinished"] = int(not parts.store.scrub(deleted, index_purged=purged, patience_s=patience_s))
+        clean = parts.store.scrub(deleted, index_purged=purged, patience_s=patience_s)
+        owing = isinstance(parts.index, KeptIndex) and parts.index.owing
+        counts["unfinished"] = int(owing or not clean)
     if verify and not preview:
         files, held = residue(parts, texts)
         counts |= {"residue": len(files), "still_held": len(held)}

@@ -84,7 +84,7 @@ def check_text(text: object, *, source: str | None = None, line: int | None = No
             source=source,
             line=line,
         )
-    if "\x00" in text or _SURROGATE.search(text):
+    if "\x00" in text or (not text.isascii() and _SURROGATE.search(text)):
         raise InvalidInputError(
             "the text holds a NUL or a lone surrogate, which cannot be stored; remove it", source=source, line=line
         )

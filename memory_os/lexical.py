@@ -10,6 +10,7 @@ span the whole file: another namespace's text would move this one's scores.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ _WORD = regex.compile(
     rf"(?V1)(?P<pairs>[{_PAIRS}]+)|(?P<triples>[{_TRIPLES}]+)"
     rf"|(?P<word>[\p{{L}}\p{{N}}--{_PAIRS}{_TRIPLES}][\p{{L}}\p{{N}}\p{{M}}--{_PAIRS}{_TRIPLES}]*)"
 )
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
 _HAN = regex.compile(r"\p{Han}")
 _LETTER = regex.compile(r"\p{L}")
 _ACCENTS = regex.compile(r"[\u0300-\u036f]+")
@@ -52,6 +54,8 @@ def _stemmer() -> Any:
 @lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
     """The stem of a case-folded word."""
+    if word.isdecimal():
+        return word
     return str(_stemmer().stemWord(word))
 
 
@@ -75,6 +79,8 @@ def terms_of(text: str) -> list[str]:
     >>> terms_of("iPhone手机")
     ['iphon', '手机', '手', '机']
     """
+    if text.isascii():  # the same, ten times as fast: nothing to fold but case, and only words
+        return list(map(stem, _ASCII_WORD.findall(text.lower())))
     terms: list[str] = []
     for script, run in _words(text):
         if script == "word":

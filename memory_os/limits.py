@@ -197,6 +197,8 @@ def checked_segment(new: NewSegment, *, source: str | None = None, line: int | N
         raise InvalidInputError("the offset is two numbers of characters, the start first", **where)
     if new.created_at is not None and not isinstance(new.created_at, datetime):
         raise InvalidInputError("created_at is a datetime", **where)
+    if type(new.metadata) is dict and not new.metadata:
+        return new
     return replace(new, metadata=checked_metadata(new.metadata, **where))
 
 

@@ -114,6 +114,7 @@ class Memory:
         redact: bool | Callable[[str], str] = False,
         derive: str = "here",
         max_pending: int | None = None,
+        telemetry: bool = False,
         **options: Any,
     ) -> Self:
         """Open the database at a path (or ``sqlite:///`` URL), creating it if it is missing; or a PostgreSQL database.
@@ -125,7 +126,9 @@ class Memory:
             model among them; for every verb that generates or reads.
         :param embedder: ``"minilm"``, ``"st:NAME"``, ``"hash"``, ``"provider:model"`` or an object, LangChain's
             ``Embeddings`` among them.
-        :param vectors: ``"exact"``, ``"chroma"`` or, in PostgreSQL, ``"pgvector"``.
+        :param vectors: ``"exact"``, ``"chroma"`` (embedded), in PostgreSQL ``"pgvector"``, or a Chroma server:
+            ``"chroma+https://HOST:PORT"``, with ``?tenant=NAME&database=NAME`` where needed and its token in
+            ``CHROMA_TOKEN``.
         :param controller: ``"auto"``, ``"scm"``, ``"xl3m"``, another name of the README's table, or an object.
         :param tokenizer: whose tokens the budget counts: an encoding or model name; by default the LLM's own, and
             without an LLM cl100k_base.
@@ -143,6 +146,7 @@ class Memory:
         :param max_pending: with ``"workers"``: while more segments than this have no vector, in all namespaces,
             ``add``, ``add_many``, ``replace_many``, ``ingest`` and ``import_`` wait before they store, and raise
             ``BacklogFullError`` where nothing has happened for a minute. A turn of ``chat`` is always stored.
+        :param telemetry: tell OpenTelemetry of every turn, in numbers and names, never in texts: docs/observability.md.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
         :raises StoreError: if the database cannot be opened, or is of a newer version.
@@ -170,6 +174,7 @@ class Memory:
                 redact=redactor(redact),
                 derive=derive,
                 max_pending=max_pending,
+                telemetry=telemetry,
             )
         )
         memory.parts.keep_to_retention(always=True)
@@ -203,9 +208,10 @@ class Memory:
     def scan_for(self, *texts: str) -> dict[str, list[str]]:
         """``{file: texts}``: in which files of the store any of these texts stands, byte by byte, whatever holds it.
 
-        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank and the Chroma
-        index. Text that is stored is found, of course: this is to see that what was forgotten is not. The files of a
-        database server are not looked at, and a warning says so: its pages, log and backups are its administrator's.
+        Looked for in UTF-8 and as JSON escapes it, in the database, its log and its copies, the bank, and the files
+        of vectors and of Chroma. What is stored is found, of course: this is to see that what was forgotten is not.
+        The files of a database server are not looked at, and a warning says so: its pages, log and backups are its
+        administrator's.
         """
         return self.parts.store.files_with([check_text(text) for text in texts])
 
@@ -270,6 +276,8 @@ class Memory:
             self.parts.vectors.close()
         if self.parts.backlog:
             self.parts.backlog.close()
+        if self.parts.telemetry:
+            self.parts.telemetry.close()
         if self.parts.bank:
             self.parts.bank.close()
         self.parts.index.close()
@@ -309,9 +317,9 @@ class Scope:
 
         They belong to the whole namespace, whatever the session, and recall does not see them.
         """
-        if self._parts.items is None:
-            raise ConfigError("this memory was put together without a store of items; Memory.open makes one")
         parts = self._parts
+        if parts.items is None:
+            raise ConfigError("this memory was put together without a store of items; Memory.open makes one")
         return Items(parts.items, parts.embedder, self.labels, parts.vectors, leaves_work=parts.leaves_work)
 
     # -- write -----------------------------------------------------------------------------------------------------
@@ -626,7 +634,8 @@ class Scope:
 
         What is forgotten stays so: by ids and keys, of which digests are kept, ``add_many``, ``ingest`` and
         ``import_`` leave it out, unless told to restore it. When this returns, no file of the store holds the text; if
-        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again.
+        ``unfinished`` is 1, another process was reading it, and it is done when the store is closed or opened again; or
+        a Chroma server could not be reached, from which it is taken out once it is back.
 
         :param after: event times from this one on.
         :param before: event times up to, and without, this one.
@@ -823,17 +832,20 @@ class Scope:
             limit = NO_LIMIT
         if record and asked is None:
             asked = self.add(query)
-        context = prepare(
-            self._parts,
-            self.labels,
-            self.session_name,
-            query,
-            budget=limit,
-            tools=tools,
-            asked=asked,
-            conversation=conversation,
-            memory_tokens=memory_tokens,
-        )
+        with self._parts.clock("context", self.labels) as clock:
+            context = prepare(
+                self._parts,
+                self.labels,
+                self.session_name,
+                query,
+                budget=limit,
+                tools=tools,
+                asked=asked,
+                clock=clock,
+                conversation=conversation,
+                memory_tokens=memory_tokens,
+            )
+            clock.result(context.trace)
         if asked:
             self._parts.store.save_trace(context.trace)
         return context

@@ -57,6 +57,7 @@ __all__ = [
     "ItemPath",
     "ItemStore",
     "Job",
+    "KeptIndex",
     "LexicalIndex",
     "MemoryView",
     "Profile",
@@ -73,6 +74,7 @@ __all__ = [
     "TokenEmbedder",
     "TokenQuery",
     "VectorIndex",
+    "VectorRows",
     "VectorSource",
     "WorkQueue",
     "WorkerStatus",
@@ -341,8 +343,29 @@ def vectors_of(embedder: Embedder, texts: Sequence[str]) -> tuple[Matrix, list[b
     return embedder.embed_documents(texts), None
 
 
+class VectorRows(NamedTuple):
+    """Rows of vectors, in the order in which they were added.
+
+    :param rows: their numbers, rising, and never given twice.
+    :param ids: of their segments, as ``seqs``.
+    :param vectors: ``[n, dimension]``.
+    """
+
+    rows: NDArray[np.int64]
+    ids: list[str]
+    seqs: list[int]
+    vectors: Matrix
+
+
 class VectorSource(Protocol):
     """Where a vector index reads the rows that it is a projection of."""
+
+    @property
+    def id(self) -> str:
+        """A name of the store that no other has, but for copies of it."""
+
+    def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
+        """All that hold anything, in alphabetical order; with ``emptied`` also those that held something once."""
 
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last)``: the epoch changes when rows went away or changed; ``last`` grows when rows are added."""
@@ -352,9 +375,27 @@ class VectorSource(Protocol):
     ) -> tuple[list[str], list[int], Matrix, int]:
         """``(segment ids, seqs, vectors [n, dimension], last)`` of the rows added after ``after``."""
 
+    def count_vectors(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many rows there are."""
+
+    def vectors_of(
+        self, namespace: Namespace, fingerprint: str, ids: Sequence[str]
+    ) -> tuple[list[str], list[int], Matrix]:
+        """``(segment ids, seqs, vectors)`` of the rows of these segments, of those that have one, in no order."""
+
+    def read_vector_rows(self, namespace: Namespace, fingerprint: str, after: int, limit: int) -> VectorRows:
+        """The first ``limit`` rows after row ``after``, with their numbers."""
+
+    def vector_rows(self, namespace: Namespace, fingerprint: str) -> NDArray[np.int64]:
+        """The numbers of all rows that there are, rising."""
+
 
 class VectorIndex(Protocol):
-    """Nearest segments by cosine. A projection of the vector rows: it may be dropped at any time and heals itself."""
+    """Nearest segments by cosine. A projection of the vector rows: it may be dropped at any time and heals itself.
+
+    One that can do less well than its name says tells so, for the latest search of this thread, by an attribute
+    ``notes``.
+    """
 
     def search(
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
@@ -374,13 +415,36 @@ class VectorIndex(Protocol):
         """Forget everything of the namespace; the next search rebuilds it."""
 
     def purge(self, namespaces: Collection[Namespace] | None) -> bool:
-        """After rows of these (or of any) namespaces were forgotten: leave nothing of them in the index's files.
+        """After rows of these (or of any) namespaces were forgotten: leave nothing of them in the index.
 
-        Whether it has files, and that is so now.
+        Whether it has a folder of files beside the database, and nothing of them is there now. One that is kept
+        elsewhere says by ``KeptIndex.owing`` what could not be done.
         """
 
     def close(self) -> None:
         """Release files and locks."""
+
+
+@runtime_checkable
+class KeptIndex(Protocol):
+    """A ``VectorIndex`` that is kept outside the process, and so may differ from the rows."""
+
+    @property
+    def owing(self) -> bool:
+        """Whether it may still hold what was forgotten; that is taken out by itself, by this process or the next."""
+
+    def differences(self, namespace: Namespace, *, deep: bool = False) -> dict[str, list[str]]:
+        """Ids of segments: ``missing``, ``extra`` and ``wrong`` ones, and ``undelivered`` yet, which is no fault.
+
+        :param deep: compare the vectors themselves, and not only their checksums.
+        :raises StoreError: if the index cannot be read.
+        """
+
+    def mend(self, namespace: Namespace, *, deep: bool = False) -> None:
+        """Make the index equal to the rows.
+
+        :raises StoreError: if the index cannot be written.
+        """
 
 
 class LexicalIndex(Protocol):
@@ -503,9 +567,6 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
     def last_seq(self, namespace: Namespace) -> int:
         """The highest ``seq`` ever given in the namespace; 0 if it is empty."""
-
-    def namespaces(self, *, emptied: bool = False) -> list[Namespace]:
-        """All that hold anything; with ``emptied`` also those that held something once."""
 
     def ids(
         self,

@@ -138,4 +138,7 @@ def tells_time(terms: Sequence[str]) -> bool:
     >>> tells_time(["i", "paint", "yesterday"]), tells_time(["i", "paint"])
     (True, False)
     """
-    return not TIME_TERMS.isdisjoint(terms) or any(len(t) == 4 and _YEAR.fullmatch(t) is not None for t in terms)
+    # isdigit first: most texts have no number at all, and recall asks this of every segment
+    return not TIME_TERMS.isdisjoint(terms) or any(
+        len(t) == 4 and _YEAR.fullmatch(t) is not None for t in filter(str.isdigit, terms)
+    )

@@ -62,13 +62,15 @@ def read_document(
     check_utf8(document, name)
     memory = DocumentView(parts, namespace, document, question, name=name, when=when, progress=progress)
     room = frame.room(())
-    decision = parts.controller.decide(question, memory, room)
-    memory.clock.lap("decide")
-    if not memory.offered:
-        raise InvalidInputError("there is nothing in it to read", source=name)
-    candidates, decided = passages(memory.offered, decision, memory.price, room)
-    context = compose(memory, frame, candidates, decided)
-    return _answered(parts, context, memory.clock)
+    with memory.clock as clock:
+        decision = parts.controller.decide(question, memory, room)
+        clock.lap("decide")
+        if not memory.offered:
+            raise InvalidInputError("there is nothing in it to read", source=name)
+        candidates, decided = passages(memory.offered, decision, memory.price, room)
+        reply = _answered(parts, compose(memory, frame, candidates, decided), clock)
+        clock.result(reply.trace)
+    return reply
 
 
 def _answered(parts: Parts, context: Context, clock: Clock) -> Reply:
@@ -100,7 +102,9 @@ class DocumentView(View):
     ) -> None:
         state = parts.store.state(namespace, parts.embedder.fingerprint)
         now = datetime.now(UTC)
-        super().__init__(parts, namespace, question, upto=0, now=now, breadth=0, state=state, clock=Clock())
+        super().__init__(
+            parts, namespace, question, upto=0, now=now, breadth=0, state=state, clock=parts.clock("read", namespace)
+        )
         self._document, self._name, self._when, self._progress = document, name, when, progress
         self._total = document.seek(0, SEEK_END)
 

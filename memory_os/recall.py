@@ -14,12 +14,12 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from memory_os import signals as s
 from memory_os.corpus import MAX_SEGMENTS, Corpora, Corpus
-from memory_os.derive import failure_of
+from memory_os.derive import failure_of, told
 from memory_os.echo import is_echo, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.protocols import Embedder, RecordStore, State, TokenEmbedder, TokenQuery, VectorIndex
@@ -162,8 +162,7 @@ class Recall:
             n = corpus.visible(upto)
             if not n:
                 return None
-            years = sorted({date.fromordinal(int(day)).year for day in np.unique(corpus.rows["day"][:n])})
-            question = read_question(query, corpus.speakers, years, (now or datetime.now(UTC)).date())
+            question = read_question(query, corpus.speakers, corpus.years(n), (now or datetime.now(UTC)).date())
             lexical = corpus.bm25(question.terms, n)
             rows = self._candidates(corpus, n, [id_ for id_, _ in found], lexical, k)
             ids = [corpus.ids[row] for row in rows]
@@ -248,9 +247,8 @@ def asked_of(embedder: Embedder, query: str) -> tuple[TokenQuery | None, str]:
     except ConfigError:
         raise
     except Exception as error:  # whatever a foreign model raises: words still find
-        note = FAILED.format(failure_of(error))
-        log.warning(note)
-        return None, note
+        log.warning(FAILED.format(told(error)))
+        return None, FAILED.format(failure_of(error))
 
 
 def _reads(embedder: Embedder, query: str) -> bool:

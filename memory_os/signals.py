@@ -185,8 +185,8 @@ def _window_bm25(corpus: Corpus, rows: Ints, near: Neighbours, terms: Sequence[s
     import numpy as np
 
     window = [rows, *near.rows_before[:2]]
-    lengths = np.append(corpus.rows["n_terms"][:n], 0.0)  # row -1 is the empty one
-    mean = 3.0 * max(float(lengths[:n].mean()), 1e-9) if n else 1.0
+    lengths, per_row = corpus.lengths(n)  # row -1 is the empty one
+    mean = 3.0 * max(per_row, 1e-9) if n else 1.0
     norm = K1 * (1.0 - B + B * np.sum([lengths[each] for each in window], axis=0) / mean)
     scores, most = np.zeros(len(rows), dtype=np.float32), 0.0
     for term in terms:

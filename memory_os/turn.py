@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import uuid_utils
 
@@ -60,6 +60,9 @@ from memory_os.types import (
 )
 from memory_os.view import View
 from memory_os.weights import learned
+
+if TYPE_CHECKING:
+    from memory_os.telemetry import Operation, Telemetry
 
 __all__ = ["Clock", "Options", "Parts", "compose", "marks_of", "prepare", "run_turn"]
 
@@ -114,6 +117,11 @@ class Parts:
     bound: Bound | None = None
     make_embedder: Callable[[], Embedder] | None = None
     """Makes the embedder once more, in another process."""
+    telemetry: Telemetry | None = None
+
+    def clock(self, name: str, namespace: Namespace) -> Clock:
+        """Times what is about to be done: a ``turn`` or a ``context``."""
+        return Clock(self.telemetry.operation(name, namespace, self.controller.name) if self.telemetry else None)
 
     def keep_to_retention(self, *, always: bool = False) -> None:
         """Forget what has become too old, where there is a policy; see ``Retention.keep``."""
@@ -222,17 +230,35 @@ class Parts:
 
 
 class Clock:
-    """Wall time by stage, milliseconds."""
+    """Wall time by stage, milliseconds; entered and left, it also tells telemetry of the whole.
 
-    def __init__(self) -> None:
+    :param told: where telemetry is on, what hears of each lap.
+    """
+
+    def __init__(self, told: Operation | None = None) -> None:
         self.timings: dict[str, float] = {}
+        self._told = told
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """The time since the last lap was spent on ``stage``."""
         now = time.perf_counter()
         self.timings[stage] = self.timings.get(stage, 0.0) + (now - self._last) * 1000.0
+        if self._told:
+            self._told.stage(stage, now - self._last)
         self._last = now
+
+    def result(self, trace: Trace) -> None:
+        """What came of what was timed."""
+        if self._told:
+            self._told.result(trace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._told:
+            self._told.end(error)
 
 
 def prepare(
@@ -380,8 +406,9 @@ def run_turn(
     :raises BudgetError: before anything is stored, if the fixed parts do not fit.
     :raises LLMError: if the model fails; the query and the trace are stored.
     """
-    with parts.vectors.held() if parts.vectors else nullcontext():
-        return (yield from _turn(parts, namespace, session, query, speaker=speaker, budget=budget, stop=stop))
+    with parts.vectors.held() if parts.vectors else nullcontext(), parts.clock("turn", namespace) as clock:
+        turn = _turn(parts, namespace, session, query, speaker=speaker, budget=budget, stop=stop, clock=clock)
+        return (yield from turn)
 
 
 def _turn(
@@ -393,6 +420,7 @@ def _turn(
     speaker: str | None,
     budget: int | None,
     stop: Sequence[str],
+    clock: Clock,
 ) -> Generator[str, None, Reply]:
     """The turn, while no vectors are made in the background."""
     llm, reply_tokens = parts.llm, parts.options.reply_tokens
@@ -404,7 +432,6 @@ def _turn(
     parts.frame(query, limit).check()
     if parts.backlog:
         parts.backlog.pause()
-    clock = Clock()
 
     # 1 record: durable before anything else happens
     [asked] = parts.store.append(namespace, [NewSegment(query, session, role="user", speaker=speaker)])
@@ -459,11 +486,12 @@ def _turn(
             reply_id=said.id if said else None,
             outcome=outcome,
             error=error,
-            timings_ms=clock.timings,
+            timings_ms=dict(clock.timings),  # without what comes after it was written down
             cited=citations.cited,
             notes=(*context.trace.notes, *notes, *citations.notes),
         )
         parts.store.save_trace(trace)
+        clock.result(trace)
 
     # 7 derive: cheap for one turn; after an interruption it stays pending and is made before the next recall
     with deferrable():  # both sides of the turn are stored
@@ -476,4 +504,5 @@ def _turn(
                 parts.store.list_for_summary(namespace, [segment.id for segment in long])
             if not parts.leaves_work:
                 parts.backlog.resume(namespace, llm)
+    clock.lap("derive")
     return Reply(text, said, replace(context, trace=trace), trace)

@@ -141,7 +141,7 @@ class View:
             per_token=True,
             state=self._ready(),
         )
-        self._note(*recalled.notes)
+        self._note(*recalled.notes, *getattr(self.parts.index, "notes", ()))
         in_flash = {segment.id for segment in self.flash}
         found, echoes = (
             [
@@ -163,7 +163,7 @@ class View:
         archive = read_archive(
             self.parts.recall, self.namespace, self.query, upto=self.upto, flash=flash, state=self._ready()
         )
-        self._note(archive.note)
+        self._note(archive.note, *getattr(self.parts.index, "notes", ()))
         self.clock.lap("recall")
         return archive
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memory_os import turn_summary
 from memory_os.backlog import STEP
-from memory_os.derive import embedded_text, failure_of
+from memory_os.derive import embedded_text, told
 from memory_os.errors import ConfigError, LLMError
 from memory_os.protocols import LLM, Embedder, EmbedderPool, ItemStore, Job, RecordStore, WorkQueue, vectors_of
 from memory_os.types import Namespace, Segment
@@ -111,11 +111,13 @@ class Worker:
 
         :param until_idle: also stop where nothing is left that nobody is at; what fails 5 times in a row is then raised
             (otherwise it is logged, and tried for ever).
+        :raises ConfigError: for an embedder that cannot be made where it is to work.
         :raises StoreError: if the store fails.
         :raises Exception: whatever a foreign embedder raises.
         """
         from tenacity import (
             Retrying,
+            retry_if_not_exception_type,
             sleep_using_event,
             stop_after_attempt,
             stop_never,
@@ -124,6 +126,7 @@ class Worker:
         )
 
         trying = Retrying(
+            retry=retry_if_not_exception_type((ConfigError, KeyboardInterrupt)),
             wait=wait_exponential(multiplier=0.5, max=MOST_WAIT_S),
             sleep=sleep_using_event(stop),
             stop=stop_when_event_set(stop) | (stop_after_attempt(TRIES) if until_idle else stop_never),
@@ -202,7 +205,7 @@ class Worker:
             try:
                 text = turn_summary.summarize(job.of.text, self._llm, stop)
             except LLMError as error:  # it stays claimed, so that nobody tries it again while this worker lives
-                log.warning("no summary of #%d: %s", job.of.seq, error)
+                log.warning("no summary of #%d: %s", job.of.seq, told(error))
                 self._n_failed += 1
                 continue
             if text is not None:
@@ -224,4 +227,4 @@ class Worker:
 
 def _tell(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning("tried again in a while: %s", failure_of(error) if isinstance(error, Exception) else error)
+    log.warning("tried again in a while: %s", told(error) if error else "")

@@ -1,13 +1,7 @@
-"""Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock.
-
-Approximate (HNSW). One collection holds one namespace under one embedder; how far it has read the vector rows is kept
-in the collection's metadata, so it catches up after whatever stopped it. All of it can be deleted at any time.
-"""
+"""Nearest segments by an embedded Chroma index in a folder beside the database, opened under an owner lock."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,16 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_os.errors import StoreError, StoreLockedError
+from memory_os.stores.chroma_collections import Collections, cosines_of
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
-    from chromadb.api.models.Collection import Collection as Table
-
     from memory_os.protocols import Vector, VectorSource
 
 __all__ = ["ChromaIndex", "discard", "folder_of"]
 
-BATCH = 2000  # below Chroma's own limit
 LOCK = "owner.lock"
 
 log = logging.getLogger(__name__)
@@ -88,7 +80,7 @@ class ChromaIndex:
         self._lock = threading.Lock()
         self._pid: int | None = os.getpid()
         self._folder = folder
-        self._client = self._connected()
+        self._connect()
 
     @contextmanager
     def _owned(self) -> Iterator[None]:
@@ -103,101 +95,56 @@ class ChromaIndex:
         with self._lock:
             yield
 
-    def _connected(self) -> Any:
+    def _connect(self) -> None:
         import chromadb
         from chromadb.config import Settings
 
-        return chromadb.PersistentClient(str(self._folder), settings=Settings(anonymized_telemetry=False))
+        settings = Settings(anonymized_telemetry=False)
+        self._client: Any = chromadb.PersistentClient(str(self._folder), settings=settings)
+        self._collections = Collections(self._source, self._fingerprint, self._client)
 
     def search(
         self, namespace: Namespace, vector: Vector, k: int, *, upto: int | None = None
     ) -> list[tuple[str, float]]:
         """The ``k`` best ``(segment id, cosine)`` that HNSW finds among segments with ``seq <= upto``."""
         with self._owned():
-            collection = self._synced(namespace)
-            if k < 1 or not collection.count():
-                return []
-            where: Any = None if upto is None else {"seq": {"$lte": upto}}
-            found: Any = collection.query(
-                query_embeddings=vector.reshape(1, -1),
-                n_results=min(k, collection.count()),
-                where=where,
-                include=["distances", "metadatas"],
-            )
-        rows = zip(found["ids"][0], found["distances"][0], found["metadatas"][0], strict=True)
-        ranked = sorted((distance, meta["seq"], id_) for id_, distance, meta in rows)
-        return [(id_, 1.0 - float(distance)) for distance, _, id_ in ranked]
+            return self._collections.nearest(namespace, vector, k, upto)
 
     def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
-        """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
-        import numpy as np
-
-        cosines: dict[str, float] = {}
+        """The cosines of these segments, in their order; 0 for one that has no vector."""
         with self._owned():
-            collection = self._collection(namespace)
-            for start in range(0, len(ids), BATCH):
-                found: Any = collection.get(ids=list(ids[start : start + BATCH]), include=["embeddings"])
-                if found["ids"]:
-                    cosines.update(zip(found["ids"], np.asarray(found["embeddings"]) @ vector, strict=True))
-        return np.array([cosines.get(id_, 0.0) for id_ in ids], dtype=np.float32)
+            return cosines_of(self._source, self._fingerprint, namespace, vector, ids)
 
     def ids(self, namespace: Namespace) -> set[str]:
         """What the collection holds now."""
         with self._owned():
-            return set(self._collection(namespace).get(include=[])["ids"])
+            return set(self._collections.held(namespace))
+
+    @property
+    def owing(self) -> bool:
+        """Nothing: what ``purge`` leaves goes with the folder."""
+        return False
+
+    def differences(self, namespace: Namespace, *, deep: bool = False) -> dict[str, list[str]]:
+        """How the collection differs from the rows; see ``KeptIndex``."""
+        with self._owned():
+            found = self._collections.differences(namespace, deep=deep)
+        return {**found, "undelivered": []}  # nobody else reads the folder, and each search delivers first
+
+    def mend(self, namespace: Namespace, *, deep: bool = False) -> None:
+        """Make the collection equal to the rows."""
+        with self._owned():
+            self._collections.mend(namespace, deep=deep)
 
     def sync(self, namespace: Namespace) -> None:
         """Add the rows that are new; where rows went away, take out what the rows no longer hold."""
         with self._owned():
-            self._synced(namespace)
-
-    def _synced(self, namespace: Namespace) -> Table:
-        collection = self._collection(namespace)
-        state = collection.metadata or {}
-        epoch, last = self._source.vector_epoch(namespace, self._fingerprint)
-        if state.get("epoch") == epoch and state.get("last") == last:
-            return collection
-        whole = state.get("epoch") != epoch
-        ids, seqs, rows, last = self._source.read_vectors(
-            namespace, self._fingerprint, 0 if whole else int(state["last"])
-        )
-        if whole:
-            held = set(collection.get(include=[])["ids"])
-            self._drop_former(namespace, collection.name)
-            gone = sorted(held - set(ids))
-            for start in range(0, len(gone), BATCH):
-                collection.delete(ids=gone[start : start + BATCH])
-        for start in range(0, len(ids), BATCH):
-            part = slice(start, start + BATCH)
-            collection.upsert(ids=ids[part], embeddings=rows[part], metadatas=[{"seq": seq} for seq in seqs[part]])
-        # last of all: an interrupted catch-up is simply repeated
-        collection.modify(metadata={"epoch": epoch, "last": last, "of": _digest(namespace)})
-        return collection
-
-    def _drop_former(self, namespace: Namespace, name: str) -> None:
-        """Delete what was indexed of the namespace under another embedder: nothing keeps it in step any more."""
-        for other in self._client.list_collections():
-            if other.name != name and (other.metadata or {}).get("of") == _digest(namespace):
-                self._client.delete_collection(other.name)
-
-    def _collection(self, namespace: Namespace) -> Table:
-        collection: Table = self._client.get_or_create_collection(
-            self._name(namespace), embedding_function=None, configuration={"hnsw": {"space": "cosine"}}
-        )
-        return collection
-
-    def _name(self, namespace: Namespace) -> str:
-        return "memos-" + _digest([namespace, self._fingerprint])
+            self._collections.synced(namespace)
 
     def drop(self, namespace: Namespace) -> None:
         """Delete the collection; the next search rebuilds it."""
-        from chromadb.errors import NotFoundError
-
         with self._owned():
-            try:
-                self._client.delete_collection(self._name(namespace))
-            except NotFoundError:
-                return
+            self._collections.drop(namespace)
 
     def purge(self, namespaces: Collection[Namespace] | None) -> bool:
         """Drop their collections, which the next search rebuilds, and what Chroma leaves of them in its files.
@@ -208,16 +155,12 @@ class ChromaIndex:
 
         with self._owned():
             try:
-                # one without metadata was never filled to its end: it may be anyone's
-                theirs = None if namespaces is None else {None, *map(_digest, namespaces)}
-                for each in self._client.list_collections():
-                    if theirs is None or (each.metadata or {}).get("of") in theirs:
-                        self._client.delete_collection(each.name)
+                self._collections.drop_all(namespaces)
                 self._client.close()
                 try:
                     self._clean()
                 finally:
-                    self._client = self._connected()
+                    self._connect()
             except (ChromaError, OSError, sqlite3.Error) as error:
                 log.warning("%s may still hold what was forgotten, until it is next opened: %s", self._folder, error)
                 return False
@@ -239,7 +182,3 @@ class ChromaIndex:
             self._pid = None
             self._client.close()
             self._owner.release()
-
-
-def _digest(identity: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()[:40]

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from memory_os.errors import StoreError
-from memory_os.stores import chroma, files, fts5, residue, scrub
+from memory_os.stores import chroma, files, fts5, residue, scrub, vectorfile
 from memory_os.stores.backend import CLOSED
 from memory_os.stores.backup import back_up
 from memory_os.stores.manifest import bank_folder
@@ -61,7 +61,10 @@ class Database:
         if path.is_dir():
             raise StoreError(f"cannot open {path}: it is a folder; name a file in it, such as {path / 'memory.db'}")
         # no bound on connections: writers that wait for the lock hold one each, and must not keep readers out
-        self.engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1)
+        # parameters are texts: neither SQLAlchemy's log nor its errors are to show them
+        self.engine = sa.create_engine(
+            f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1, hide_parameters=True
+        )
         event.listen(self.engine, "connect", _on_connect)
         event.listen(self.engine, "begin", _on_begin)
         self._connections: set[int] = set()
@@ -263,7 +266,9 @@ class Database:
         *,
         patience_s: float = scrub.PATIENCE_S,
     ) -> bool:
-        """Leave nothing in the files of what was deleted; what cannot be done now is done at close or at the next open.
+        """Leave nothing in the files of what was deleted, files of vectors included.
+
+        What cannot be done now is done at close or at the next open.
 
         :param gone: as in ``scrub.scrub``.
         :param mark: struck off then.
@@ -271,9 +276,18 @@ class Database:
             which is rebuilt when it is next used, is deleted.
         """
         index_purged = index_purged or chroma.discard(chroma.folder_of(self.path))
-        clean = scrub.scrub(self.engine, self.path, gone, mark if index_purged else None, patience_s)
-        self._unclean = not (clean and index_purged)
+        derived = vectorfile.weed(vectorfile.folder_of(self.path), self._vector_rows, patience_s) and index_purged
+        clean = scrub.scrub(self.engine, self.path, gone, mark if derived else None, patience_s)
+        self._unclean = not (clean and derived)
         return not self._unclean
+
+    def _vector_rows(self) -> vectorfile.Rows:
+        import numpy as np
+
+        with self.read() as connection:
+            last = connection.exec_driver_sql("SELECT seq FROM sqlite_sequence WHERE name = 'vectors'").scalar()
+            rows = connection.exec_driver_sql("SELECT pk FROM vectors").scalars()
+            return vectorfile.Rows(np.fromiter(rows, dtype=np.int64), last or 0)
 
     def scrub_what_is_due(self, index_purged: bool = False, *, patience_s: float) -> bool:
         """Do what earlier deletions could not; whether nothing is left to be done."""

@@ -1,45 +1,88 @@
-"""Exact nearest segments: one matrix per namespace, built from the vector rows and extended as rows are added."""
+"""Exact nearest segments: a plain matrix of the newest rows in memory, and files for every full run of older ones.
+
+A namespace of fewer than ``RUN`` rows is one matrix. Beyond that each ``RUN`` rows become a file beside the database
+(``vectorfile``), mapped when it is needed: memory holds what the system has room for, and a process that opens the
+database reads the newest rows only. Either way the result is that of comparing every row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from memory_os.errors import ConfigError
+from memory_os.errors import ConfigError, StoreError
+from memory_os.stores.vectorfile import Unreadable, VectorFile, owned
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from memory_os.protocols import Matrix, Vector, VectorSource
+    from memory_os.protocols import Matrix, Vector, VectorRows, VectorSource
 
-__all__ = ["ExactIndex"]
+    Ints = NDArray[np.int64]
+
+__all__ = ["RUN", "ExactIndex"]
+
+RUN = 16_384
+"""So many rows make a file; at 384 dimensions 28 MB."""
+MAX_BYTES = 256 * 2**20
+"""So much of the matrices of all namespaces is kept in memory; the least recently used ones are let go."""
+ROW_BYTES = 300  # of ids and numbers, beside the vector
+PATIENCE_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Table:
+    """What is known of a namespace: files of the oldest rows, and a matrix of those after them."""
+
     epoch: int
-    last: int = 0
-    ids: list[str] = field(default_factory=list)
+    files: tuple[VectorFile, ...] = ()
+    last: int = 0  # the last row that was read
+    last_seq: int = 0
+    ids: list[str] = field(default_factory=list)  # of the matrix; the numbers and the seqs too
     row_of: dict[str, int] = field(default_factory=dict)
-    seqs: NDArray[np.int64] | None = None  # with spare room at the end, as is the matrix
+    rows: Ints | None = None  # with spare room at the end, as are the two below
+    seqs: Ints | None = None
     matrix: Matrix | None = None
+    filed: dict[str, int] | None = None  # of the ids in the files, file (from 1) << 32 | place; made when asked for
+
+    @property
+    def base(self) -> int:
+        """The last row of the files."""
+        return self.files[-1].last if self.files else 0
+
+    @property
+    def n_bytes(self) -> int:
+        """About what it holds in memory."""
+        matrix = 0 if self.matrix is None else self.matrix.nbytes
+        return matrix + ROW_BYTES * (len(self.ids) + len(self.filed or ()))
 
 
 class ExactIndex:
-    """``VectorIndex`` by a matrix product; recall is 1.0 by construction.
+    """``VectorIndex`` that misses nothing: recall is 1.0 by construction.
 
     :param source: where the rows are.
     :param fingerprint: the embedder whose vectors are indexed.
+    :param folder: for the files of large namespaces; made when it is needed. Without one all is kept in memory.
     """
 
-    def __init__(self, source: VectorSource, *, fingerprint: str) -> None:
+    def __init__(self, source: VectorSource, *, fingerprint: str, folder: Path | None = None) -> None:
         self._source = source
         self._fingerprint = fingerprint
-        self._tables: dict[Namespace, _Table] = {}
+        self._folder = folder
+        self._files_fail = folder is None
+        self._tables: OrderedDict[Namespace, _Table] = OrderedDict()
         self._lock = Lock()
 
     def search(
@@ -50,93 +93,338 @@ class ExactIndex:
 
         with self._lock:
             table = self._synced(namespace)
-            n = len(table.ids)
-            if not n or k < 1 or table.matrix is None or table.seqs is None:
-                return []
-            ids, seqs, matrix = table.ids, table.seqs[:n], table.matrix[:n]
-        if matrix.shape[1] != len(vector):
+            files, ids, n = table.files, table.ids, len(table.ids)
+            seqs = None if table.seqs is None else table.seqs[:n]
+            matrix = None if table.matrix is None else table.matrix[:n]
+        if k < 1:
+            return []
+        best = _Best(k)
+        if matrix is not None and seqs is not None and n:
+            self._check_length(matrix.shape[1], vector)
+            # beside files rows are compared as they are there, so that equal ones stay equal
+            scores = np.einsum("ij,j->i", matrix, vector) if files else matrix @ vector
+            best.add(-1, *_near(scores, seqs, k, upto), seqs)
+        for number, file in enumerate(files):
+            self._check_length(file.vectors.shape[1], vector)
+            best.add(number, *file.near(vector, k, best.floor, upto), file.seqs)
+        found = []
+        for number, place, cosine in best.ranked():
+            id_ = ids[place] if number < 0 else files[number].ids(_one(place))[0]
+            if id_:  # else it was forgotten a moment ago
+                found.append((id_, cosine))
+        return found
+
+    def _check_length(self, dimension: int, vector: Vector) -> None:
+        if dimension != len(vector):
             raise ConfigError(
                 f"the embedder gives {len(vector)} numbers, and the vectors made under its name {self._fingerprint!r} "
-                f"have {matrix.shape[1]}: another model has this name; give it one of its own, such as "
+                f"have {dimension}: another model has this name; give it one of its own, such as "
                 "LangChainEmbedder(..., name=...), and open the memory again"
             )
-        scores = matrix @ vector
-        if upto is not None and upto < seqs.max():
-            scores = np.where(seqs <= upto, scores, -np.inf)
-        # every row that ties with the k-th best takes part, so that the smaller seq wins whatever the partition does
-        kth = np.partition(scores, n - k)[n - k] if k < n else -np.inf
-        best = np.flatnonzero((scores >= kth) & (scores > -np.inf))
-        best = best[np.lexsort((seqs[best], -scores[best]))][:k]
-        return [(ids[i], float(scores[i])) for i in best]
 
     def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
         """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""
         import numpy as np
 
+        cosines = np.zeros(len(ids), dtype=np.float32)
         with self._lock:
             table = self._tables.get(namespace) or self._synced(namespace)
-            rows = np.fromiter((table.row_of.get(id_, -1) for id_ in ids), dtype=np.int64, count=len(ids))
-            matrix = table.matrix
-        cosines = np.zeros(len(ids), dtype=np.float32)
-        if matrix is not None:
-            cosines[rows >= 0] = matrix[rows[rows >= 0]] @ vector
+            files, matrix = table.files, table.matrix
+            if files and table.filed is None:
+                table.filed = {}
+                for number, file in enumerate(files, start=1):
+                    _enter(table.filed, number, file)
+            get, get_row = (table.filed or {}).get, table.row_of.get
+            at = np.array([get(id_) or get_row(id_, -1) for id_ in ids], dtype=np.int64)
+        having = np.flatnonzero(at >= 0)
+        if not len(having):
+            return cosines
+        gathered = np.empty((len(having), len(vector)), dtype=np.float32)
+        numbers, places = at[having] >> 32, at[having] & 0xFFFFFFFF
+        for number in np.flatnonzero(np.bincount(numbers)).tolist():
+            here = np.flatnonzero(numbers == number)
+            source = files[number - 1].vectors if number else matrix
+            assert source is not None
+            gathered[here] = source[places[here]]
+        cosines[having] = gathered @ vector
         return cosines
 
     def ids(self, namespace: Namespace) -> set[str]:
-        """What the matrix holds now; what another process forgot since is no part of it."""
+        """What the index holds now; what another process forgot since is no part of it."""
+        import numpy as np
+
         with self._lock:
-            return set(self._synced(namespace).ids) if namespace in self._tables else set()
+            if namespace not in self._tables:
+                return set()
+            table = self._synced(namespace)
+            return {*table.ids, *(id_ for file in table.files for id_ in file.ids(np.flatnonzero(file.rows)))}
 
     def sync(self, namespace: Namespace) -> None:
-        """Read the rows that are new, or all of them where rows went away."""
+        """Read the rows that are new, and let go of those that went away."""
         with self._lock:
             self._synced(namespace)
+
+    def drop(self, namespace: Namespace) -> None:
+        """Forget the matrix and delete the files; the next search rebuilds them."""
+        with self._lock:
+            self._tables.pop(namespace, None)
+            self._unlink(namespace)
+
+    def purge(self, namespaces: Collection[Namespace] | None) -> bool:
+        """Let go of what is in memory.
+
+        ``False``: the files, whoever wrote them, are the store's to weed (``RecordStore.scrub``), and it knows nothing
+        of another index's.
+        """
+        with self._lock:
+            for namespace in list(self._tables) if namespaces is None else namespaces:
+                self._tables.pop(namespace, None)
+        return False
+
+    def close(self) -> None:
+        """Let go of everything; the files stay."""
+        with self._lock:
+            self._tables.clear()
+
+    # -- in step with the rows -------------------------------------------------------------------------------------
 
     def _synced(self, namespace: Namespace) -> _Table:
         epoch, last = self._source.vector_epoch(namespace, self._fingerprint)
         table = self._tables.get(namespace)
-        if table is None or table.epoch != epoch:
-            table = self._tables[namespace] = _Table(epoch)
-        if last > table.last:
-            ids, seqs, rows, after = self._source.read_vectors(namespace, self._fingerprint, table.last)
-            if not table.row_of.keys().isdisjoint(ids):  # made anew, after another embedder's had taken their place
-                table = self._tables[namespace] = _Table(epoch)
-                ids, seqs, rows, after = self._source.read_vectors(namespace, self._fingerprint, 0)
-            table.last = after
-            _extend(table, ids, seqs, rows)
+        if table is None:
+            table = self._tables[namespace] = self._opened(namespace, epoch)
+        self._tables.move_to_end(namespace)
+        if table.epoch != epoch:
+            table = self._weeded(namespace, epoch)
+        while last > table.last:
+            found = self._source.read_vector_rows(namespace, self._fingerprint, table.last, RUN)
+            if not len(found.rows):
+                table.last = last
+                break
+            if min(found.seqs) <= table.last_seq and self._gone(namespace, table):
+                # made anew, after another embedder's had taken their place
+                table = self._weeded(namespace, epoch)
+                continue
+            _extend(table, found)
+            if len(table.ids) >= RUN:
+                self._file(namespace, table)
+                epoch, _ = self._source.vector_epoch(namespace, self._fingerprint)
+                if table.epoch != epoch:  # something was forgotten while it was written
+                    table = self._weeded(namespace, epoch)
+        self._make_room()
         return table
 
-    def drop(self, namespace: Namespace) -> None:
-        """Forget the matrix; the next search rebuilds it."""
-        with self._lock:
-            self._tables.pop(namespace, None)
+    def _make_room(self) -> None:
+        held = sum(table.n_bytes for table in self._tables.values())
+        while held > MAX_BYTES and len(self._tables) > 1:
+            held -= self._tables.popitem(last=False)[1].n_bytes
 
-    def purge(self, namespaces: Collection[Namespace] | None) -> bool:
-        """As ``drop``; it has no files, and knows nothing of another index's."""
-        for namespace in list(self._tables) if namespaces is None else namespaces:
-            self.drop(namespace)
-        return False
+    def _opened(self, namespace: Namespace, epoch: int) -> _Table:
+        """What the files hold; rows that went away since they were written are taken out of them."""
+        table = _Table(epoch)
+        self._adopt(namespace, table)
+        if any(file.epoch != epoch for file in table.files):
+            table = self._weeded(namespace, epoch)
+        return table
 
-    def close(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._tables.clear()
+    def _weeded(self, namespace: Namespace, epoch: int) -> _Table:
+        """A table without rows that are no longer there, in its files as well; those after the files are read anew."""
+        import numpy as np
+
+        table, files = _Table(epoch), list[VectorFile]()
+        if self._has_files(namespace):
+            with self._writable(namespace), owned(self._place(namespace), PATIENCE_S):
+                self._adopt(namespace, table)  # anew: another process may have deleted some
+                files += table.files
+                there = self._source.vector_rows(namespace, self._fingerprint)
+                for file in files:
+                    dead = (file.rows > 0) & ~np.isin(file.rows, there)
+                    if file.epoch != epoch or dead.any():
+                        file.bury(dead, epoch)
+                while files and not files[-1].rows.any():
+                    files.pop().path.unlink(missing_ok=True)
+        last_seq = max((file.last_seq for file in files), default=0)
+        fresh = _Table(epoch, tuple(files), last=files[-1].last if files else 0, last_seq=last_seq)
+        self._tables[namespace] = fresh
+        return fresh
+
+    def _gone(self, namespace: Namespace, table: _Table) -> bool:
+        """Whether some of what the table holds is no longer there."""
+        import numpy as np
+
+        there = self._source.vector_rows(namespace, self._fingerprint)
+        held = [file.rows[file.rows > 0] for file in table.files]
+        if table.rows is not None:
+            held.append(table.rows[: len(table.ids)])
+        return any(not np.isin(rows, there).all() for rows in held)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _place(self, namespace: Namespace) -> Path:
+        """The namespace's folder; its name tells nothing."""
+        assert self._folder is not None
+        return self._folder / _digest(json.dumps(namespace, ensure_ascii=False))
+
+    def _file_after(self, namespace: Namespace, row: int) -> Path:
+        return self._place(namespace) / f"{_digest(self._fingerprint)[:16]}-{row}.vectors"
+
+    def _has_files(self, namespace: Namespace) -> bool:
+        return self._folder is not None and self._place(namespace).is_dir()
+
+    def _adopt(self, namespace: Namespace, table: _Table) -> None:
+        """Open the files that follow the table's own, whoever wrote them."""
+        if not self._has_files(namespace):
+            return
+        files = list(table.files)
+        while (path := self._file_after(namespace, files[-1].last if files else 0)).exists():
+            try:
+                files.append(VectorFile(path))
+            except (Unreadable, OSError) as error:
+                log.warning("%s is made anew: %s", path, type(error).__name__)
+                break
+        table.files = tuple(files)
+        if files:
+            table.last = max(table.last, files[-1].last)
+            table.last_seq = max(table.last_seq, *(file.last_seq for file in files))
+
+    def _file(self, namespace: Namespace, table: _Table) -> None:
+        """Move the matrix into a file, unless another process is at it: then it stays in memory for now."""
+        if self._files_fail or table.rows is None or table.seqs is None or table.matrix is None:
+            return
+        from memory_os.protocols import VectorRows
+
+        base, n = table.base, len(table.ids)
+        try:
+            with owned(self._place(namespace), 0):
+                path = self._file_after(namespace, base)
+                if self._source.vector_epoch(namespace, self._fingerprint)[0] != table.epoch:
+                    return  # some of the rows were forgotten, and who did that may have weeded the files already
+                if not path.exists():
+                    rows = VectorRows(table.rows[:n], table.ids, table.seqs[:n].tolist(), table.matrix[:n])
+                    VectorFile.write(path, rows, after=base, epoch=table.epoch)
+        except TimeoutError:  # another process is at it
+            return
+        except OSError as error:
+            self._files_fail = True
+            log.warning("vectors stay in memory: %s cannot be written: %s", self._folder, error)
+            return
+        self._adopt(namespace, table)
+        kept = table.rows[:n] > table.base  # none, unless another process has written a shorter file
+        if table.base == base:
+            return
+        rows = VectorRows(
+            table.rows[:n][kept], [id_ for id_, keep in zip(table.ids, kept, strict=True) if keep],
+            table.seqs[:n][kept].tolist(), table.matrix[:n][kept],
+        )  # fmt: skip
+        if table.filed is not None:
+            for number, file in enumerate(table.files, start=1):
+                if file.after >= base:
+                    _enter(table.filed, number, file)
+        table.ids, table.row_of, table.rows, table.seqs, table.matrix = [], {}, None, None, None
+        _extend(table, rows)
+
+    def _unlink(self, namespace: Namespace) -> None:
+        if not self._has_files(namespace):
+            return
+        with self._writable(namespace), owned(self._place(namespace), PATIENCE_S):
+            for path in self._place(namespace).glob("*.vectors*"):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writable(self, namespace: Namespace) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self._place(namespace)} holds vectors of what is gone and cannot be written "
+                f"({error.strerror or error}); let it be written, or delete the folder"
+            ) from error
 
 
-def _extend(table: _Table, ids: list[str], seqs: list[int], rows: Matrix) -> None:
+class _Best:
+    """The best of several searches, ties with the k-th among them."""
+
+    def __init__(self, k: int) -> None:
+        import numpy as np
+
+        self._k = k
+        self.floor = -np.inf
+        self._found = np.empty(0, dtype=[("cosine", "f4"), ("seq", "i8"), ("number", "i8"), ("place", "i8")])
+
+    def add(self, number: int, places: Ints, cosines: Vector, seqs: Ints) -> None:
+        """What was found in one place.
+
+        :param number: of the place.
+        :param seqs: of all that is there.
+        """
+        import numpy as np
+
+        new = np.empty(len(places), dtype=self._found.dtype)
+        new["cosine"], new["seq"], new["number"], new["place"] = cosines, seqs[places], number, places
+        found = np.concatenate([self._found, new[cosines >= self.floor]])
+        if len(found) > self._k:
+            at = len(found) - self._k
+            self.floor = float(np.partition(found["cosine"], at)[at])
+            found = found[found["cosine"] >= self.floor]
+        elif len(found) == self._k:
+            self.floor = float(found["cosine"].min())
+        self._found = found
+
+    def ranked(self) -> list[tuple[int, int, float]]:
+        """``(number, place, cosine)``, best first, ties by the smaller ``seq``."""
+        import numpy as np
+
+        order = np.lexsort((self._found["seq"], -self._found["cosine"]))[: self._k]
+        return [(int(number), int(place), float(cosine)) for cosine, _, number, place in self._found[order].tolist()]
+
+
+def _near(scores: Vector, seqs: Ints, k: int, upto: int | None) -> tuple[Ints, Vector]:
+    """``(places, cosines)`` of the ``k`` best rows of a matrix, and of every row that ties with the last of them."""
     import numpy as np
 
-    if not ids:
+    n = len(scores)
+    if upto is not None and upto < seqs.max():
+        scores = np.where(seqs <= upto, scores, -np.inf)
+    kth = np.partition(scores, n - k)[n - k] if k < n else -np.inf
+    best = np.flatnonzero((scores >= kth) & (scores > -np.inf))
+    return best, scores[best]
+
+
+def _one(place: int) -> Ints:
+    import numpy as np
+
+    return np.array([place], dtype=np.int64)
+
+
+def _enter(filed: dict[str, int], number: int, file: VectorFile) -> None:
+    """Note where the ids of a file are."""
+    import numpy as np
+
+    places = np.flatnonzero(file.rows)
+    filed.update(zip(file.ids(places), (places + (number << 32)).tolist(), strict=True))
+
+
+def _extend(table: _Table, found: VectorRows) -> None:
+    """Add rows to the matrix."""
+    import numpy as np
+
+    if not len(found.rows):
         return
-    n, total = len(table.ids), len(table.ids) + len(ids)
-    if table.matrix is None or table.seqs is None or len(table.matrix) < total:
+    n, total = len(table.ids), len(table.ids) + len(found.rows)
+    if table.matrix is None or table.seqs is None or table.rows is None or len(table.matrix) < total:
         # doubling keeps the cost of adding one row at a time constant; readers keep the old arrays
         room = total if table.matrix is None else max(total, 2 * len(table.matrix))
-        matrix = np.empty((room, rows.shape[1]), dtype=np.float32)
-        numbers = np.empty(room, dtype=np.int64)
-        if table.matrix is not None and table.seqs is not None:
-            matrix[:n], numbers[:n] = table.matrix[:n], table.seqs[:n]
-        table.matrix, table.seqs = matrix, numbers
-    table.matrix[n:total], table.seqs[n:total] = rows, seqs
-    table.row_of.update(zip(ids, range(n, total), strict=True))
-    table.ids.extend(ids)  # a reader that holds the list looks only below its own n
+        matrix = np.empty((room, found.vectors.shape[1]), dtype=np.float32)
+        seqs, rows = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
+        if table.matrix is not None and table.seqs is not None and table.rows is not None:
+            matrix[:n], seqs[:n], rows[:n] = table.matrix[:n], table.seqs[:n], table.rows[:n]
+        table.matrix, table.seqs, table.rows = matrix, seqs, rows
+    table.matrix[n:total], table.seqs[n:total], table.rows[n:total] = found.vectors, found.seqs, found.rows
+    table.row_of.update(zip(found.ids, range(n, total), strict=True))
+    table.ids.extend(found.ids)  # a reader that holds the list looks only below its own n
+    table.last = int(found.rows[-1])
+    table.last_seq = max(table.last_seq, max(found.seqs))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:40]

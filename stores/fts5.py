@@ -6,6 +6,7 @@ The namespace's number is part of every term, so that a search cannot reach anot
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -19,7 +20,7 @@ MAX_LEVEL_BYTES = 2000
 
 def add(connection: sa.Connection, entries: Iterable[tuple[int, int, Sequence[str]]]) -> None:
     """Add entries, given as ``(segment's row, namespace's number, terms)``."""
-    rows = [(pk, " ".join(f"{ns}_{term}" for term in terms)) for pk, ns, terms in entries]
+    rows = [(pk, f"{ns}_" + f" {ns}_".join(terms) if terms else "") for pk, ns, terms in entries]
     if rows:
         connection.exec_driver_sql("INSERT INTO lexical(rowid, terms) VALUES (?, ?)", rows)
 
@@ -37,23 +38,32 @@ def remove(connection: sa.Connection, ns: int, pks: Sequence[int]) -> list[int]:
 
 def read(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int, list[str]]:
     """The terms of these entries, by row."""
-    prefix = f"{ns}_"
+    prefix = f" {ns}_"
     found: dict[int, list[str]] = {}
     for part in parts(pks):
         marks = ",".join("?" * len(part))
-        rows = connection.exec_driver_sql(f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
-        found.update((pk, [term.removeprefix(prefix) for term in terms.split()]) for pk, terms in rows)
+        rows = _fetched(connection, f"SELECT rowid, terms FROM lexical WHERE rowid IN ({marks})", tuple(part))
+        # no term has an underscore in it, so that this finds the prefixes and nothing else
+        found.update((pk, f" {terms}".replace(prefix, " ").split()) for pk, terms in rows)
     return found
 
 
 def newest(connection: sa.Connection, ns: int, term: str, bound: int, limit: int) -> list[int]:
     """Rows up to ``bound`` that hold the term, newest first."""
-    cursor = connection.connection.cursor()  # straight from the driver, as thousands of result objects take time
-    cursor.execute(
-        "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?",
-        (f'"{ns}_{term}"', bound, limit),
-    )
-    return [pk for (pk,) in cursor.fetchall()]
+    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid <= ? ORDER BY rowid DESC LIMIT ?"
+    return [pk for (pk,) in _fetched(connection, query, (f'"{ns}_{term}"', bound, limit))]
+
+
+def _fetched(connection: sa.Connection, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Straight from the driver, as thousands of result objects take time."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(query, values)
+        return list(cursor.fetchall())
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise sa.exc.DBAPIError(query, None, error) from error
+    finally:
+        cursor.close()
 
 
 def compact(connection: sa.Connection) -> None:

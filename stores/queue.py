@@ -114,6 +114,7 @@ class Queue:
     ) -> list[tuple[int, int]]:
         """``(namespace, row)`` of work that nobody has claimed, the next namespace's first; locked until the claim."""
         after = self._after.get(task, 0)
+        todo: sa.ColumnElement[bool]
         if task == ITEM_TASK:
             table, pk, todo = item_texts, item_texts.c.pk, item_texts.c.fingerprint.is_(None)
         else:
@@ -236,7 +237,7 @@ class Queue:
         )
 
     def _counts(self, connection: sa.Connection, column: sa.Column[Any]) -> dict[Any, int]:
-        return {value: n for value, n in connection.execute(select(column, func.count()).group_by(column))}
+        return {row[0]: row[1] for row in connection.execute(select(column, func.count()).group_by(column))}
 
     def length(self, enough: int) -> int:
         """How many segments have no vector at all; far above ``enough`` it is not counted to the end."""

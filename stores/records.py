@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +23,24 @@ from sqlalchemy import func, select
 from memory_os.echo import FIELD, repeated_by
 from memory_os.errors import ConfigError
 from memory_os.lexical import terms_of
-from memory_os.protocols import Deleted, Profile, State
+from memory_os.protocols import Deleted, Profile, State, VectorRows
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
 from memory_os.stores import digest, forgetting, fulltext, tombstones
 from memory_os.stores import items as item_rows
 from memory_os.stores.backend import Backend, again
 from memory_os.stores.checkup import find_deep_faults, find_faults, mend, mend_deep
 from memory_os.stores.namespaces import claim, locate
-from memory_os.stores.rows import as_labels, as_seq, as_time, own, parts, to_row, to_segment
+from memory_os.stores.rows import (
+    SEGMENT_COLUMNS,
+    as_labels,
+    as_seq,
+    as_time,
+    insert_many,
+    own,
+    parts,
+    to_row,
+    to_segment,
+)
 from memory_os.stores.schema import (
     SUMMARY_TASK,
     VECTOR_TASK,
@@ -37,6 +49,7 @@ from memory_os.stores.schema import (
     pending,
     scores,
     segments,
+    store,
     summaries,
     traces,
     vectors,
@@ -46,11 +59,15 @@ from memory_os.trace import part_in, trace_from_dict, trace_to_dict, without_tex
 from memory_os.types import Kind, Namespace, NewSegment, Segment, Trace
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from memory_os.protocols import Matrix
 
 __all__ = ["Records"]
 
 SCAN_PAGE = 1000
+MANY = 256  # segments of one call
 OTHER_LENGTH = (
     "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
     "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
@@ -74,13 +91,22 @@ class Records:
     """``RecordStore`` over a database.
 
     :param count_tokens: gives a text's length in cl100k_base tokens.
+    :param count_many: gives those of many texts, leaving the interpreter free meanwhile.
     :param redact: takes secrets out of all that is stored; names, which cannot be redacted, are refused.
     """
 
-    def __init__(self, database: Backend, *, count_tokens: Callable[[str], int], redact: Redact | None = None) -> None:
+    def __init__(
+        self,
+        database: Backend,
+        *,
+        count_tokens: Callable[[str], int],
+        count_many: Callable[[Sequence[str]], list[int]] | None = None,
+        redact: Redact | None = None,
+    ) -> None:
         self.database = database
         self._redact = redact
         self._count_tokens = count_tokens
+        self._count_many = count_many
         self._ids: dict[Namespace, int] = {}
 
     # -- segments ------------------------------------------------------------------------------------------------
@@ -95,7 +121,7 @@ class Records:
         if not new:
             return []
         new = [self._cleaned(item) for item in new]
-        prepared = [self._prepared(item) for item in new]
+        prepared = self._all_prepared(new)
         with self.database.write(namespace) as connection:
             if restore:
                 ns, _ = claim(connection, namespace)
@@ -140,6 +166,15 @@ class Records:
         """A new segment with its length and its terms, which take time and need no lock."""
         return item, self._count_tokens(item.text), terms_of(item.text)
 
+    def _all_prepared(self, new: Sequence[NewSegment]) -> list[tuple[NewSegment, int, list[str]]]:
+        """As ``_prepared``; of many the lengths are counted in a thread, as counting leaves the interpreter free."""
+        if self._count_many is None or len(new) < MANY:
+            return [self._prepared(item) for item in new]
+        with ThreadPoolExecutor(1) as pool:
+            counted = pool.submit(self._count_many, [item.text for item in new])
+            terms = [terms_of(item.text) for item in new]
+            return list(zip(new, counted.result(), terms, strict=True))
+
     def _insert(
         self,
         connection: sa.Connection,
@@ -169,27 +204,30 @@ class Records:
                 speaker=item.speaker,
                 kind=item.kind,
                 text=item.text,
-                created_at=(item.created_at or now).astimezone(UTC),
+                created_at=item.created_at.astimezone(UTC) if item.created_at else now,
                 n_tokens=n_tokens,
                 source=item.source,
                 offset=item.offset,
                 metadata=dict(item.metadata),
                 key=item.key,
             )
-            keys.update(filter(None, [item.key]))
-            ids.update(filter(None, [item.id]))
+            if item.key:
+                keys.add(item.key)
+            if item.id:
+                ids.add(item.id)
             stored.append(segment)
             rows.append(to_row(segment, ns))
             lexical.append(terms)
             n_terms += len(terms)
         if not rows:
             return []
-        connection.execute(segments.insert(), rows)
+        insert_many(connection, segments, SEGMENT_COLUMNS, rows)
         pks = self._new_pks(connection, ns, stored)
         fulltext.add(connection, [(pk, ns, terms) for pk, terms in zip(pks, lexical, strict=True)])
-        connection.execute(
-            pending.insert(), [{"segment_pk": pk, "task": VECTOR_TASK, "namespace_id": ns} for pk in pks]
+        todo = select(segments.c.pk, sa.literal(VECTOR_TASK), sa.literal(ns)).where(
+            segments.c.namespace_id == ns, segments.c.seq >= stored[0].seq
         )
+        connection.execute(pending.insert().from_select(["segment_pk", "task", "namespace_id"], todo))
         connection.execute(
             namespaces.update()
             .where(namespaces.c.id == ns)
@@ -363,7 +401,8 @@ class Records:
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
         """The files of the store in which any of these texts stands, in UTF-8 or as JSON escapes it, with those texts.
 
-        Of a database server none is looked at.
+        Of the database, its log and its copies, the bank, the files of vectors, and the Chroma index. Of a database
+        server none is looked at.
         """
         return self.database.files_with(texts)
 
@@ -405,6 +444,13 @@ class Records:
 
     # -- vectors -------------------------------------------------------------------------------------------------
 
+    @property
+    def id(self) -> str:
+        """A name of the store that no other has, but for copies of its file."""
+        with self.database.read() as connection:
+            id_: str = connection.execute(select(store.c.id)).scalar_one()
+        return id_
+
     def vector_epoch(self, namespace: Namespace, fingerprint: str) -> tuple[int, int]:
         """``(epoch, last row)``; see ``VectorSource``."""
         with self.database.read(namespace) as connection:
@@ -416,26 +462,72 @@ class Records:
         self, namespace: Namespace, fingerprint: str, after: int = 0
     ) -> tuple[list[str], list[int], Matrix, int]:
         """The rows added after row ``after``, in the order in which they were added."""
+        rows, ids, seqs, matrix = self.read_vector_rows(namespace, fingerprint, after, -1)
+        return ids, seqs, matrix, int(rows[-1]) if ids else after
+
+    def read_vector_rows(self, namespace: Namespace, fingerprint: str, after: int, limit: int) -> VectorRows:
+        """The first rows after row ``after``, with their numbers.
+
+        :param limit: most of them; -1 for all.
+        """
         import numpy as np
 
         with self.database.read(namespace) as connection:
             ns = self._namespace_id(connection, namespace)
-            rows = connection.execute(
+            query = (
                 select(vectors.c.pk, segments.c.id, segments.c.seq, vectors.c.vector)
                 .join(segments, sa.and_(own(segments, ns), segments.c.pk == vectors.c.segment_pk))
-                .where(
-                    vectors.c.namespace_id == ns,
-                    vectors.c.fingerprint == fingerprint,
-                    vectors.c.pk > after,
-                )
+                .where(vectors.c.namespace_id == ns, vectors.c.fingerprint == fingerprint, vectors.c.pk > after)
                 .order_by(vectors.c.pk)
-            ).all()
-        if not rows:
-            return [], [], np.empty((0, 0), dtype=np.float32), after
-        if len({len(row.vector) for row in rows}) > 1:
+            )
+            found = connection.execute(query.limit(limit) if limit >= 0 else query).all()
+        if not found:
+            return VectorRows(np.empty(0, dtype=np.int64), [], [], np.empty((0, 0), dtype=np.float32))
+        pks, ids, seqs, blobs = zip(*found, strict=True)
+        if len(set(map(len, blobs))) > 1:
             raise ConfigError(OTHER_LENGTH.format(fingerprint))
-        matrix = np.frombuffer(b"".join(row.vector for row in rows), dtype="<f4").reshape(len(rows), -1)
-        return [row.id for row in rows], [row.seq for row in rows], matrix.astype(np.float32, copy=False), rows[-1].pk
+        matrix = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(found), -1).astype(np.float32, copy=False)
+        return VectorRows(np.array(pks, dtype=np.int64), list(ids), list(seqs), matrix)
+
+    def vector_rows(self, namespace: Namespace, fingerprint: str) -> NDArray[np.int64]:
+        """The numbers of all rows that there are, rising: from the index alone, half a second for a million."""
+        import numpy as np
+
+        with self.database.read(namespace) as connection:
+            mine = vectors.c.namespace_id == self._namespace_id(connection, namespace)
+            query = select(vectors.c.pk).where(mine, vectors.c.fingerprint == fingerprint).order_by(vectors.c.pk)
+            return np.fromiter(connection.execute(query).scalars(), dtype=np.int64)
+
+    def count_vectors(self, namespace: Namespace, fingerprint: str) -> int:
+        """How many rows ``read_vectors`` gives."""
+        c = vectors.c
+        with self.database.read(namespace) as connection:
+            ns = self._namespace_id(connection, namespace)
+            query = select(func.count()).where(c.namespace_id == ns, c.fingerprint == fingerprint)
+            return connection.execute(query).scalar_one()
+
+    def vectors_of(
+        self, namespace: Namespace, fingerprint: str, ids: Sequence[str]
+    ) -> tuple[list[str], list[int], Matrix]:
+        """The rows of these segments, of those that have one, in no order."""
+        import numpy as np
+
+        found: list[Any] = []
+        with self.database.read(namespace) as connection:
+            ns = self._namespace_id(connection, namespace)
+            for part in parts(ids):
+                query = (
+                    select(segments.c.id, segments.c.seq, vectors.c.vector)
+                    .join(vectors, sa.and_(own(vectors, ns), vectors.c.segment_pk == segments.c.pk))
+                    .where(segments.c.namespace_id == ns, segments.c.id.in_(part), vectors.c.fingerprint == fingerprint)
+                )
+                found += connection.execute(query).all()
+        if not found:
+            return [], [], np.empty((0, 0), dtype=np.float32)
+        if len({len(row.vector) for row in found}) > 1:
+            raise ConfigError(OTHER_LENGTH.format(fingerprint))
+        matrix = np.frombuffer(b"".join(row.vector for row in found), dtype="<f4").reshape(len(found), -1)
+        return [row.id for row in found], [row.seq for row in found], matrix.astype(np.float32, copy=False)
 
     def read_tokens(self, namespace: Namespace, fingerprint: str, after: int = 0) -> list[tuple[int, bytes]]:
         """``(seq, token vectors)`` of the rows added after row ``after``, where there are any."""
@@ -491,7 +583,7 @@ class Records:
                 seq=seq,
                 session=session,
                 who=by,
-                day=date.fromisoformat(created_at[:10]).toordinal(),
+                day=_day(created_at[:10]),
                 n_tokens=n_tokens,
                 asks=bool(ends),
                 replies=bool(replies),
@@ -749,6 +841,11 @@ class Records:
     def close(self) -> None:
         """Release the database."""
         self.database.close()
+
+
+@lru_cache(maxsize=4096)
+def _day(text: str) -> int:
+    return date.fromisoformat(text).toordinal()
 
 
 def _names(new: Iterable[NewSegment]) -> tombstones.Names:

@@ -95,7 +95,7 @@ def forms_of(texts: Iterable[str]) -> dict[bytes, set[str]]:
 
 
 def _files(database: Path) -> Iterator[Path]:
-    """Every file whose name, or whose folder's name, begins with the database's: the log, copies, bank and Chroma.
+    """Every file whose name, or whose folder's name, begins with the database's: log, copies, bank, vectors, Chroma.
 
     But for the log's index, which has page numbers and no text, and on which SQLite's locks are.
     """

@@ -44,6 +44,7 @@ __all__ = [
     "pending",
     "scores",
     "segments",
+    "store",
     "summaries",
     "tombstones",
     "traces",
@@ -66,6 +67,12 @@ ITEM_TASK = "item"
 metadata = MetaData()
 
 Number = Integer().with_variant(BigInteger(), "postgresql")
+
+store = Table(
+    "store",
+    metadata,
+    Column("id", String(32), primary_key=True),  # one row: whose collections on a shared server are this store's
+)
 
 namespaces = Table(
     "namespaces",

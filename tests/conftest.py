@@ -10,8 +10,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -146,6 +148,8 @@ class PostgresServer:
         self.n_databases += 1
         name = f"memory_{self.n_databases}"
         self.admin(f"CREATE DATABASE {name} OWNER {PG_USER} TEMPLATE {template or self.template} STRATEGY FILE_COPY")
+        if template is None:  # a copy has its original's id, and would share its collections on a Chroma server
+            self.admin(f"UPDATE store SET id = '{uuid.uuid4().hex}'", database=name)
         return name
 
     @cached_property
@@ -208,6 +212,77 @@ def new_place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def place(new_place: NewPlace) -> Path | str:
     """An empty database of either kind."""
     return new_place()
+
+
+class ChromaServer:
+    """A real `chroma run`, which can be killed, stopped in its tracks, and started again on its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.clients: list[Any] = []
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"chroma+http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        code = "import sys; from chromadb.cli.cli import app; sys.argv[0] = 'chroma'; app()"
+        words = ["run", "--path", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, "-c", code, *words], **quiet)
+        for _ in range(600):
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port)):
+                    return
+            assert self.process.poll() is None, "chroma run has ended"
+            time.sleep(0.1)
+        raise AssertionError("chroma run does not listen")
+
+    def kill(self) -> None:
+        for client in self.clients:  # whose own close() leaves connections open
+            client._server._session.close()
+            client._admin_client._server._session.close()
+            client.close()
+        self.clients.clear()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def client(self, **options: Any) -> Any:
+        import chromadb
+        from chromadb.config import Settings
+
+        settings = Settings(anonymized_telemetry=False)
+        self.clients.append(chromadb.HttpClient("127.0.0.1", self.port, settings=settings, **options))
+        return self.clients[-1]
+
+
+@pytest.fixture(scope="session")
+def chroma_server(tmp_path_factory: pytest.TempPathFactory):
+    """One for all tests that leave it running."""
+    server = ChromaServer(tmp_path_factory.mktemp("chroma"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_chroma(tmp_path: Path):
+    """One that the test may kill."""
+    server = ChromaServer(tmp_path / "server")
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

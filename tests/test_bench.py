@@ -1,6 +1,7 @@
 """``memos bench``: what it counts, checked by hand on small data, and what it does with bad data."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
-from memory_os.benchmarks import alr2, dialogues, locomo, needle, peers, riddles, scm, xl3m
+from memory_os.benchmarks import alr2, dialogues, locomo, needle, peers, riddles, scale, scale_data, scm, xl3m
 from memory_os.benchmarks.measure import Conversation, Question, Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
@@ -294,12 +295,74 @@ def test_real_dialogues_are_read(shared_data):
         assert sum(len(conversation.questions) for conversation in conversations) + left_out == n
 
 
-@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "speed", "xl3m"])
+@pytest.mark.parametrize("name", ["locomo", "dialogues", "needle", "scale", "speed", "xl3m"])
 def test_every_benchmark_has_help_with_an_example_and_json(memos, name):
     code, out, _ = memos("bench", name, "--help")
     assert code == 0
     assert "Example: " in out
     assert "JSON" in out
+
+
+# scale
+
+
+@pytest.mark.slow
+def test_scale_measures_every_size_and_every_peer_that_is_there(memos, monkeypatch):
+    from memory_os.benchmarks import scale_peers
+
+    monkeypatch.setattr(scale_peers.Mem0, "modules", ("no_such_package",))
+    arguments = ["--sizes", "300,900", "--namespaces", "3", "--questions", "6", "--peers", "langgraph-memory,mem0"]
+    code, out, err = memos("bench", "scale", *arguments, "--json", "--plot", "costs.png")
+    assert code == 0
+    report = json.loads(out)
+    assert set(report["systems"]) == {"memory_os", "langgraph-memory"}
+    assert "pip install mem0ai" in report["left_out"]["mem0"]
+    assert err.count("mem0 is left out") == 1
+    for figures in report["systems"].values():
+        assert set(figures) == {"300", "900"}
+        for each in figures.values():
+            assert each["recall"] == 1.0
+            assert min(each["search_p95_ms"], each["ingest_per_s"], each["bytes_per_segment"]) > 0
+    assert report["systems"]["memory_os"]["900"]["cold_first_answer_s"] > 0
+    assert report["namespaces"]["namespaces"] == 3
+    assert set(report["growth"]["memory_os"]) >= {"search_p95_ms", "context_p95_ms", "cold_first_answer_s"}
+    assert Path("costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scale_stops_a_peer_that_takes_too_long_and_refuses_one_that_it_does_not_know(memos, monkeypatch):
+    monkeypatch.setattr(scale, "_in_a_process", slow := Slow())
+    report = scale.measure(sizes=[10, 20, 30], peers=["langgraph-memory"], namespaces=0, limit_s=5)
+    assert report["systems"]["langgraph-memory"] == {"10": {"stopped": "over the limit of 5 s"}}
+    assert set(report["systems"]["memory_os"]) == {"10", "20", "30"}
+    assert slow.limits == {None, 5}
+    code, _, err = memos("bench", "scale", "--peers", "pinecone")
+    assert code == 1
+    assert "unknown peer 'pinecone'" in err
+
+
+class Slow:
+    def __init__(self):
+        self.limits = set()
+
+    def __call__(self, job, limit_s):
+        self.limits.add(limit_s)
+        if limit_s:
+            raise subprocess.TimeoutExpired("work", limit_s)
+        return {"search_p95_ms": 1.0}
+
+
+def test_what_is_stored_at_scale_depends_on_the_seed_alone():
+    one, two, other = scale_data.Data(1), scale_data.Data(1), scale_data.Data(2)
+    [*_, (texts, vectors)] = one.batches(5300)
+    assert len(texts) == len(vectors) == 300
+    assert texts == two.block(1)[0][:300]
+    assert (vectors == two.block(1)[1][:300]).all()
+    assert texts != other.block(1)[0][:300]
+    assert 0.9 < scale_data.energy(one.block(0)[1])[128] < 0.95  # MiniLM over LoCoMo's turns: 0.92
+    asked, queries = one.questions(5300, 20)
+    nearest = max(float((queries[0] @ rows.T).max()) for _, rows in one.batches(5300))
+    assert 0.5 < nearest < 0.95
+    assert asked == two.questions(5300, 20)[0]
 
 
 # SCM

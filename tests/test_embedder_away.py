@@ -57,7 +57,8 @@ def test_what_is_stored_is_acknowledged(memory, tmp_path, verb, caplog):
     scope = memory.namespace("a")
     with caplog.at_level(logging.WARNING, "memory_os"):
         WRITES[verb](scope, tmp_path / "notes.txt")
-    assert "the embedder is away" in caplog.text
+    assert "ConnectionError" in caplog.text
+    assert "the embedder is away" not in caplog.text  # its words may repeat the text
     stored = [segment.text.strip() for segment in scope.history()]
     assert stored.count("The door code is 4711.") == (verb != "put")
     assert memory.pending() == {("a",): max(1, len(stored))}
@@ -90,7 +91,7 @@ def test_search_goes_by_words_with_a_warning_and_nearest_raises(memory, caplog):
     memory.parts.embedder.down = True
     with caplog.at_level(logging.WARNING, "memory_os"):
         assert scope.search("number 7")[0].segment.text == "kite number 7"
-    assert NOTE in caplog.text
+    assert "the embedder failed (ConnectionError): recall went by words alone" in caplog.text
     with pytest.raises(ConnectionError):
         scope.nearest("kite")
     scope.add("a boat")

@@ -9,6 +9,7 @@ import pytest
 from memory_os.build import open_database
 from memory_os.stores import pgvector
 from memory_os.stores.chroma import ChromaIndex
+from memory_os.stores.chroma_server import ChromaServerIndex, read_address
 from memory_os.stores.exact import ExactIndex
 from memory_os.stores.pgvector import PgVectorIndex
 from memory_os.stores.records import Records
@@ -18,7 +19,10 @@ ALICE, BOB = ("alice",), ("bob",)
 F = "model-a"
 
 
-@pytest.fixture(params=["exact", "chroma", "exact on postgres", "pgvector", "pgvector by its graph"])
+KINDS = ["exact", "chroma", "server", "exact on postgres", "server on postgres", "pgvector", "pgvector by its graph"]
+
+
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
@@ -26,7 +30,7 @@ def kind(request):
 @pytest.fixture
 def store(kind, request, tmp_path):
     place = tmp_path / "memory.db"
-    if kind not in ("exact", "chroma"):
+    if kind not in ("exact", "chroma", "server"):
         server = request.getfixturevalue("postgres_server")
         place = server.url(server.new())
     opened = Records(open_database(place), count_tokens=len)
@@ -35,7 +39,7 @@ def store(kind, request, tmp_path):
 
 
 @pytest.fixture
-def make_index(kind, store, tmp_path, monkeypatch):
+def make_index(kind, request, store, tmp_path, monkeypatch):
     opened = []
     if kind == "pgvector by its graph":
         monkeypatch.setattr(pgvector, "EXACT_UP_TO", 0)
@@ -43,6 +47,9 @@ def make_index(kind, store, tmp_path, monkeypatch):
     def make():
         if kind == "chroma":
             index = ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")
+        elif kind.startswith("server"):
+            address = read_address(request.getfixturevalue("chroma_server").url, {})
+            index = ChromaServerIndex(store, fingerprint=F, address=address)
         elif kind.startswith("pgvector"):
             index = PgVectorIndex(store.database, fingerprint=F)
         else:
@@ -52,6 +59,7 @@ def make_index(kind, store, tmp_path, monkeypatch):
 
     yield make
     for index in opened:
+        assert not getattr(index, "notes", ()), "the server was not used"
         index.close()
 
 
@@ -106,6 +114,16 @@ def test_upto_bounds_the_search_and_ties_go_to_the_smaller_seq(store, make_index
     ids = add(store, ALICE, np.repeat(row, 6, axis=0))
     index = make_index()
     assert [id_ for id_, _ in index.search(ALICE, row[0], 6, upto=4)] == ids[:4]
+
+
+def test_what_comes_after_upto_takes_nobodys_place(store, make_index):
+    rng = np.random.default_rng(6)
+    query = unit(rng, 1)[0]
+    near = query + 0.01 * rng.standard_normal((90, 24)).astype(np.float32)
+    far = unit(rng, 10)
+    ids = add(store, ALICE, np.concatenate([far, near / np.linalg.norm(near, axis=1, keepdims=True)]))
+    found = make_index().search(ALICE, query, 5, upto=10)
+    assert [id_ for id_, _ in found] == [ids[i] for i in np.argsort(-(far @ query), kind="stable")[:5]]
 
 
 def test_namespaces_and_fingerprints_stay_apart(store, make_index):

@@ -139,6 +139,22 @@ def test_a_forked_child_leaves_the_chroma_index_to_its_owner(tmp_path):
         assert scope.search("one")
 
 
+def test_a_forked_child_leaves_the_connections_to_a_chroma_server_to_its_parent(tmp_path, chroma_server):
+    with Memory.open(tmp_path / "memory.db", embedder="hash", vectors=chroma_server.url) as memory:
+        scope = memory.namespace("a")
+        one = scope.add("one")
+        assert scope.search("one")
+        for verb in (
+            lambda: scope.search("one"),
+            lambda: scope.forget(one.id),
+            lambda: memory.parts.index.sync(("a",)),
+        ):
+            assert "belong to the process that opened them" in forked(verb)
+        assert forked(memory.close) == "None"
+        assert scope.nearest("one") == []  # the child has forgotten it
+        assert memory.parts.index.notes == ()
+
+
 def test_background_work_begins_anew_in_a_child(tmp_path):
     path = tmp_path / "memory.db"
     with Memory.open(path, embedder=HashEmbedder(64)) as memory:
@@ -174,8 +190,10 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("vectors", ["exact", "chroma"])
-def test_a_closed_memory_says_so_and_writes_nothing(place, tmp_path, vectors):
+@pytest.mark.parametrize("vectors", ["exact", "chroma", "server"])
+def test_a_closed_memory_says_so_and_writes_nothing(place, tmp_path, vectors, request):
+    if vectors == "server":
+        vectors = request.getfixturevalue("chroma_server").url
     if vectors == "chroma":
         place = tmp_path / "memory.db"
     memory = Memory.open(place, embedder="hash", vectors=vectors, llm=ScriptedLLM(lambda messages: "Noted."))
@@ -189,7 +207,13 @@ def test_a_closed_memory_says_so_and_writes_nothing(place, tmp_path, vectors):
             continue  # a server has no place for one
         with pytest.raises(StoreError, match="was closed; open the memory again"):
             verb(scope)
-    for verb in (memory.namespaces, memory.check, memory.repair, memory.pending):
+    for verb in (
+        memory.namespaces,
+        memory.check,
+        memory.repair,
+        memory.pending,
+        lambda: memory.parts.index.sync(("a",)),
+    ):
         with pytest.raises(StoreError, match="was closed; open the memory again"):
             verb()
     assert isinstance(place, str) or not [file.name for file in place.parent.iterdir() if file.name.endswith("-wal")]

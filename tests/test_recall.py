@@ -238,6 +238,9 @@ def test_the_corpora_in_memory_are_bounded(tmp_path, monkeypatch):
         for name in "abcabc":
             assert opened.namespace(name).search("kite")[0].segment.text == f"kite of {name}"
         assert len(opened.parts.corpora._held) == 2
+        monkeypatch.setattr("memory_os.corpus.MAX_ROWS", 1)
+        assert opened.namespace("c").search("kite")[0].segment.text == "kite of c"
+        assert len(opened.parts.corpora._held) == 1
 
 
 def test_a_namespace_too_large_for_memory_is_searched_by_ranks_and_says_so(tmp_path, monkeypatch):

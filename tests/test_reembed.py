@@ -309,7 +309,7 @@ def test_an_embedder_that_fails_is_noted_and_tried_again_and_no_search_fails(tmp
         memory.parts.vectors.join()
         assert memory.pending() == {("a",): 1000}
         assert (embedder.batches, embedder.failures) == ([], 0)  # once, and not again and again
-        assert "the embedder is away" in caplog.text
+        assert "the embedder failed (ConnectionError)" in caplog.text  # what it said is in the trace, and no log
         [note] = notes(memory)  # tells of it, and tries again
         assert "making them failed (ConnectionError: the embedder is away)" in note
         memory.parts.vectors.join()

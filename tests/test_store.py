@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memory_os import lexical
+from memory_os.adapters.tokenizers import TiktokenCounter
 from memory_os.build import open_database
 from memory_os.errors import SchemaError, StoreError
-from memory_os.lexical import query_terms, terms_of
+from memory_os.lexical import query_terms, stem, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import records as records_module
 from memory_os.stores.database import Database, _on_connect
@@ -332,3 +334,32 @@ def test_durability_settings_hold_on_every_connection(in_a_file):
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 60_000
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=60))
+def test_terms_of_plain_text_are_those_of_any_text(text):
+    anything = [stem(run) for _, run in lexical._words(text)]
+    assert terms_of(text) == anything
+
+
+def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
+    texts = [f"Text {i} of Zoë, 東京 or {'<|endoftext|>' if i % 50 == 0 else 'plain'} words." for i in range(600)]
+    new = [NewSegment(text, f"s{i % 3}", metadata={"i": i} if i % 2 else {}) for i, text in enumerate(texts)]
+    counter = TiktokenCounter("cl100k_base")
+    stores = [
+        Records(open_database(tmp_path / f"{n}.db"), count_tokens=counter.count_text, count_many=counter.count_texts)
+        for n in range(2)
+    ]
+    stores[0].append(ALICE, new)
+    for each in new:
+        stores[1].append(ALICE, [each])
+    (one, other) = ([(s.seq, s.text, s.n_tokens, s.metadata) for s in store.scan(ALICE)] for store in stores)
+    assert one == other
+    profiles = [[p._replace(id="", day=0) for p in store.read_profiles(ALICE)] for store in stores]
+    assert profiles[0] == profiles[1]
+    assert [store.count_pending(ALICE, "f") for store in stores] == [600, 600]
+    assert [store.search(ALICE, "Zoe 7", 5)[0][1] for store in stores] == [
+        stores[0].search(ALICE, "Zoe 7", 5)[0][1]
+    ] * 2
+    for store in stores:
+        store.close()

@@ -133,3 +133,19 @@ def test_end_within_is_exact_however_the_text_is_cut(limit):
     for pieces in (words, ["".join(words)], list("".join(words))):
         text = "".join(end_within(pieces, limit, WordCounter()))
         assert text.split() == "one two three four".split()[:limit]
+
+
+@given(
+    st.lists(
+        st.text(max_size=40) | st.sampled_from(["", " ", "<|endoftext|>", "a<|endoftext|>", "<|fim_prefix|>", "\n\n"])
+    )
+)
+def test_many_texts_are_counted_as_each_alone(texts):
+    counter = TiktokenCounter("cl100k_base")
+    assert counter.count_texts(texts) == [counter.count_text(text) for text in texts]
+
+
+def test_more_texts_than_one_call_takes_are_counted_in_order():
+    counter = TiktokenCounter("cl100k_base")
+    texts = [f"text {'word ' * (i % 7)}{i}" for i in range(2501)]
+    assert counter.count_texts(texts) == [counter.count_text(text) for text in texts]

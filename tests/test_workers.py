@@ -1,7 +1,11 @@
 """Workers: derived work is taken from the database by any number of them, and the death of one loses nothing."""
 
+import importlib
 import json
+import multiprocessing
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,7 +196,7 @@ def test_another_embedders_vectors_are_made_anew(place):
 
 def test_who_forgets_or_stores_does_not_wait_for_a_worker(at_work):
     memory, scope, gate, thread = at_work
-    gone, *kept = scope.history()
+    gone, *_kept = scope.history()
     receipt = scope.forget(gone.id)
     assert (receipt["segments"], receipt["pending"], receipt["unfinished"]) == (1, 1, 0)
     scope.add("stored meanwhile")
@@ -434,3 +438,174 @@ def test_the_command_shows_what_is_left_and_does_it(place):
     assert "vectors to be made" in run("worker", "--status", *which)
     assert json.loads(run("worker", "--until-idle", "--json", *which))["vectors"] == 5
     assert json.loads(run("worker", "--status", "--json", *which))["vectors"] == 0
+
+
+# -- bulk loads --------------------------------------------------------------------------------------------------------
+
+
+MARKED = """
+import os
+from memory_os.adapters.scripted import HashEmbedder
+
+class Marked(HashEmbedder):
+    \"""Says in a folder in which process it is at work, and dies with it the first time that a text says so.\"""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def embed_documents(self, texts):
+        open(f"{self.folder}/{os.getpid()}", "w").close()
+        once = f"{self.folder}/died"
+        if any("the end" in text for text in texts) and not os.path.exists(once):
+            open(once, "w").close()
+            os._exit(1)
+        return super().embed_documents(texts)
+"""
+
+
+@pytest.fixture
+def marked(tmp_path, monkeypatch):
+    """An embedder that leaves marks in a folder, of a module that other processes can import."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "marked_embedder.py").write_text(MARKED)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "marked_embedder", raising=False)
+    (tmp_path / "marks").mkdir()
+    return importlib.import_module("marked_embedder").Marked(str(tmp_path / "marks"))
+
+
+def content(memory: Memory, namespace) -> list:
+    """What is stored, with the vector of each, and without what is another with each run."""
+    store = memory.parts.store
+    ids, _, matrix, _ = store.read_vectors(namespace, memory.parts.embedder.fingerprint)
+    vectors = dict(zip(ids, [row.tobytes() for row in matrix], strict=True))
+    return [(s.seq, s.key, s.text, s.source, vectors.pop(s.id)) for s in store.scan(namespace)]
+
+
+@pytest.fixture
+def notes(tmp_path):
+    file = tmp_path / "notes.md"
+    days = (f"# Day {i}\n\nOn day {i} we saw {i * 7} kites. {'They flew. ' * 20}" for i in range(400))
+    file.write_text("\n\n".join(days))
+    return file
+
+
+def test_with_processes_the_same_is_stored(place, notes, marked, tmp_path):
+    folder, made = tmp_path / "marks", []
+    with Memory.open(place, embedder=marked) as memory:
+        one, many = memory.namespace("one"), memory.namespace("many")
+        done = one.ingest(notes)
+        assert [path.name for path in folder.iterdir()] == [str(os.getpid())]
+        assert many.ingest(notes, workers=2, made=lambda *told: made.append(told)) == done
+        assert len(list(folder.iterdir())) in (2, 3)  # the first may have made all before the second was there
+        assert content(memory, ("many",)) == content(memory, ("one",))
+        assert made[-1][0] == done[0]
+        assert many.ingest(notes, workers=2) == (0, done[0])
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+def test_a_process_that_dies_is_replaced_and_its_batch_made_again(place, marked, tmp_path):
+    file = tmp_path / "notes.md"
+    file.write_text("a beginning\n\nthe end")
+    with Memory.open(place, embedder=marked) as memory:
+        memory.namespace(*ALICE).ingest(file, workers=1)
+        assert (tmp_path / "marks" / "died").exists()
+        assert_all_made(memory, ALICE)
+
+
+INGEST = """
+import sys, time
+from memory_os import Memory
+from memory_os.adapters.scripted import HashEmbedder
+
+class Slow(HashEmbedder):
+    def embed_documents(self, texts):
+        time.sleep(0.2)
+        return super().embed_documents(texts)
+
+if __name__ == "__main__":
+    with Memory.open(sys.argv[1], embedder=Slow()) as memory:
+        memory.namespace("acme", "alice").ingest(sys.argv[2], workers=2, made=lambda n, *_: print(n, flush=True))
+"""
+
+
+def test_a_bulk_load_that_is_killed_has_stored_everything_and_goes_on(place, notes, tmp_path):
+    script = tmp_path / "bulk.py"
+    script.write_text(INGEST)
+    command = [sys.executable, "-P", str(script), str(place), str(notes)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        made = int(process.stdout.readline())
+    finally:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        ended(process)
+    assert children
+    eventually(lambda: not any(alive(int(child)) for child in children))  # they end with their parent
+    with opened(place) as memory:
+        n = memory.namespace(*ALICE).stats()["segments"]
+        assert made <= n - memory.queue().vectors < n
+        eventually(lambda: memory.queue().workers == ())
+        assert memory.namespace(*ALICE).ingest(notes, workers=1) == (0, n)
+        assert memory.queue().vectors == 0
+        assert_all_made(memory, ALICE)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_embedder_that_cannot_be_sent_is_refused_before_anything_is_stored(tmp_path, notes):
+    embedder = HashEmbedder()
+    embedder.model = threading.Lock()
+    with Memory.open(tmp_path / "memory.db", embedder=embedder) as memory:
+        with pytest.raises(ConfigError, match="cannot be sent to other processes"):
+            memory.namespace("a").ingest(notes, workers=2)
+        assert memory.namespaces() == []
+
+
+def test_an_embedder_that_cannot_be_made_elsewhere_is_a_clear_error(tmp_path, notes, marked, monkeypatch):
+    with Memory.open(tmp_path / "memory.db", embedder=marked) as memory:
+        shutil.rmtree(tmp_path / "modules")
+        with pytest.raises(ConfigError, match="cannot be made in another process"):
+            memory.namespace("a").ingest(notes, workers=1)
+        assert memory.queue().vectors == memory.namespace("a").stats()["segments"] > 0
+        assert memory.queue().workers == ()
+
+
+def test_the_command_embeds_in_processes(place, notes):
+    told = run("ingest", notes, "--workers", "2", "--embedder", "hash", "--store", place, "--json")
+    with opened(place) as memory:
+        assert json.loads(told)["stored"] == memory.namespace("default").stats()["vectors"] > 0
+
+
+@pytest.mark.slow
+def test_minilms_vectors_are_the_same_from_other_processes(tmp_path, notes):
+    """But for rounding: each process has fewer threads, and other texts beside."""
+    with Memory.open(tmp_path / "memory.db") as memory:
+        memory.namespace("one").ingest(notes)
+        memory.namespace("many").ingest(notes, workers=2)
+        f = memory.parts.embedder.fingerprint
+        by_key = {}
+        for name in ("one", "many"):
+            ids, _, matrix, _ = memory.parts.store.read_vectors((name,), f)
+            segments = memory.parts.store.get((name,), ids)
+            by_key[name] = {segments[id_].key: row for id_, row in zip(ids, matrix, strict=True)}
+        assert list(by_key["one"]) == list(by_key["many"])
+        cosines = [float(row @ by_key["many"][key]) for key, row in by_key["one"].items()]
+        assert min(cosines) > 0.9995
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_on_ray_the_same_is_stored(place, notes):
+    pytest.importorskip("ray")
+    with Memory.open(place, embedder="hash") as memory:
+        one, ray = memory.namespace("one"), memory.namespace("ray")
+        done = one.ingest(notes)
+        assert ray.ingest(notes, workers=2, ray=True) == done
+        assert content(memory, ("ray",)) == content(memory, ("one",))
