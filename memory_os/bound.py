@@ -23,12 +23,18 @@ class Bound:
 
     def __init__(self, queue: WorkQueue, most: int, patience_s: float = PATIENCE_S) -> None:
         self._queue, self.most, self._patience_s = queue, most, patience_s
+        self._room = 0
 
-    def wait(self) -> None:
-        """Return when the queue is no longer than the bound.
+    def wait(self, n_new: int) -> None:
+        """Return when so many may be stored: when the queue is no longer than the bound.
+
+        It is counted again when a tenth of the room that there was is used up, so that a single segment costs nothing.
 
         :raises BacklogFullError: if it does not grow shorter; nothing was stored.
         """
+        if n_new <= self._room:
+            self._room -= n_new
+            return
         shortest, since = None, time.monotonic()
         while (n := self._queue.length(self.most)) > self.most:
             if shortest is None or n < shortest:
@@ -36,3 +42,4 @@ class Bound:
             elif time.monotonic() - since > self._patience_s:
                 raise BacklogFullError(n, self.most)
             time.sleep(LOOK_S)
+        self._room = max(0, (self.most - n) // 10 - n_new)

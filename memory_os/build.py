@@ -252,7 +252,8 @@ def build_parts(
     again = partial(make_embedder, embedder) if isinstance(embedder, str) else partial(_itself, chosen_embedder)
 
     def count_all_missing() -> int:
-        return sum(map(count_missing, store.namespaces()))
+        left = queue.status(chosen_embedder.fingerprint)
+        return left.vectors + left.items
 
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,

@@ -381,10 +381,13 @@ class Scope:
         :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
         :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
+        if self._parts.bound:
+            self._parts.bound.wait(len(segments))
+        return self._add_many(segments, restore=restore, embed=embed)
+
+    def _add_many(self, segments: Sequence[NewSegment], *, restore: bool, embed: bool) -> list[Segment]:
         check_count(len(segments))
         checked = [checked_segment(new) for new in segments]
-        if self._parts.bound:
-            self._parts.bound.wait()
         stored = self._parts.store.append(self.labels, self._fresh(checked), restore=restore)
         if embed:
             with deferrable():
@@ -419,7 +422,7 @@ class Scope:
         checked = [checked_segment(new) for new in segments]
         self._check_age(*checked)
         if self._parts.bound:
-            self._parts.bound.wait()
+            self._parts.bound.wait(len(checked))
         stored = self._parts.store.replace(self.labels, checked)
         self._parts.index.sync(self.labels)
         with deferrable():
@@ -489,7 +492,8 @@ class Scope:
     def _stored(self, segments: Sequence[NewSegment], restore: bool, before: Stored, *, embed: bool = True) -> Stored:
         """Store these; what became of them, added to what became of those before."""
         fresh = self._fresh(segments)
-        n_new = len(self.add_many(fresh, restore=restore, embed=embed))
+        add = self.add_many if embed else self._add_many  # what embeds them itself waits for nobody
+        n_new = len(add(fresh, restore=restore, embed=embed))
         out = 0 if n_new == len(fresh) else self._parts.store.forgotten(self.labels, fresh)
         stored, known = before
         too_old = before.too_old + len(segments) - len(fresh)

@@ -46,6 +46,8 @@ OPTIONS = (
     "-c tcp_keepalives_idle=20 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=4"
 )
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
+# a queue's table is never as large as its statistics say: a few rows by the index, and not all of them sorted
+IN_ORDER = "set_config('enable_sort', 'off', true) || set_config('enable_bitmapscan', 'off', true)"
 WORKING = 0x6D656D77  # as MIGRATING, of workers
 SHIFT = sa.text(
     "SELECT n FROM generate_series(1, 9999) n WHERE pg_try_advisory_xact_lock(:class, CAST(n AS integer)) LIMIT 1"
@@ -129,7 +131,7 @@ class Postgres:
     def claiming(self) -> Iterator[sa.Connection]:
         """One transaction of the queue, over all namespaces, that takes no namespace's lock."""
         with self._translated(), self._writer.begin() as connection:
-            _name(connection, None)
+            _name(connection, None, IN_ORDER)
             yield connection
 
     @contextmanager

@@ -86,13 +86,17 @@ class Queue:
             self._leave_to_the_living(connection, worker)
             which = None if only is None else self._number(connection, only)
             for _ in range(TRIES):
-                found = self._free(connection, task, fingerprint, limit, which, stale)
-                if not found:
-                    return []
-                if taken := self._claim(connection, worker, task, found):
+                taken: list[tuple[int, int]] = []
+                for query in self._listed(task, which):
+                    taken += self._claim(connection, query, worker, task, limit - len(taken))
+                if taken:
                     self._after[task] = taken[-1][0]
                     return self._read(connection, worker, task, taken)
-        return []
+            if not stale or task == SUMMARY_TASK:
+                return []
+            return self._read(
+                connection, worker, task, self._claim_stale(connection, worker, task, fingerprint, limit, which)
+            )
 
     def _leave_to_the_living(self, connection: sa.Connection, worker: int) -> None:
         """Drop the claims of workers that are gone, and make sure that this one is not taken for one of them."""
@@ -109,37 +113,33 @@ class Queue:
         query = select(namespaces.c.id).where(namespaces.c.labels == as_labels(namespace))
         return connection.execute(query).scalar_one_or_none() or -1
 
-    def _free(
-        self, connection: sa.Connection, task: str, fingerprint: str, limit: int, which: int | None, stale: bool
-    ) -> list[tuple[int, int]]:
-        """``(namespace, row)`` of work that nobody has claimed, the next namespace's first; locked until the claim."""
-        after = self._after.get(task, 0)
-        todo: sa.ColumnElement[bool]
+    def _listed(self, task: str, which: int | None) -> list[sa.Select[Any]]:
+        """Work that is listed and that nobody has claimed, the next namespace's first."""
         if task == ITEM_TASK:
-            table, pk, todo = item_texts, item_texts.c.pk, item_texts.c.fingerprint.is_(None)
-        else:
-            table, pk, todo = pending, pending.c.segment_pk, pending.c.task == task
-        ns = table.c.namespace_id
-        query = _unclaimed(table, pk, task).where(todo).order_by(ns, pk)
-        found: list[tuple[int, int]] = []
-        for turn in [ns == which] if which is not None else [ns > after, ns <= after]:
-            if len(found) < limit:
-                rows = connection.execute(query.where(turn).limit(limit - len(found)))
-                found += [(row.namespace_id, row.pk) for row in rows]
-        if found or not stale or task == SUMMARY_TASK:
-            return found
+            table, pk, ns = item_texts, item_texts.c.pk, item_texts.c.namespace_id
+            query = _unclaimed(table, pk, task).where(item_texts.c.fingerprint.is_(None)).order_by(ns, pk)
+        else:  # in the order of the index, which SQLite would not see if the task were known to be one
+            table, pk, ns = pending, pending.c.segment_pk, pending.c.namespace_id
+            query = _unclaimed(table, pk, task).where(pending.c.task.concat("") == task)
+            query = query.order_by(ns, pending.c.task, pk)
+        after = self._after.get(task, 0)
+        return [query.where(turn) for turn in ([ns == which] if which is not None else [ns > after, ns <= after])]
+
+    def _claim_stale(
+        self, connection: sa.Connection, worker: int, task: str, fingerprint: str, limit: int, which: int | None
+    ) -> list[tuple[int, int]]:
+        """Claim what has a vector of another embedder, of one namespace."""
         table, pk = (item_texts, item_texts.c.pk) if task == ITEM_TASK else (vectors, vectors.c.segment_pk)
+        taken: list[tuple[int, int]] = []
         for number in self._with_stale(connection, table, fingerprint, which):
             for other in (table.c.fingerprint < fingerprint, table.c.fingerprint > fingerprint):  # both by the index
-                if len(found) < limit:
-                    query = _unclaimed(table, pk, task).where(table.c.namespace_id == number, other)
-                    rows = connection.execute(query.order_by(table.c.pk).limit(limit - len(found)))
-                    found += [(row.namespace_id, row.pk) for row in rows]
-            if found:
+                query = _unclaimed(table, pk, task).where(table.c.namespace_id == number, other).order_by(table.c.pk)
+                taken += self._claim(connection, query, worker, task, limit - len(taken))
+            if taken:
                 self._stale_from[table.name] = number
-                return found
+                return taken
         self._stale_from[table.name] = 0
-        return found
+        return []
 
     def _with_stale(
         self, connection: sa.Connection, table: sa.Table, fingerprint: str, which: int | None
@@ -158,16 +158,16 @@ class Queue:
         return connection.execute(count.where(table.c.fingerprint != fingerprint)).scalar_one()
 
     def _claim(
-        self, connection: sa.Connection, worker: int, task: str, found: Sequence[tuple[int, int]]
+        self, connection: sa.Connection, query: sa.Select[Any], worker: int, task: str, limit: int
     ) -> list[tuple[int, int]]:
-        """Claim these; those that nobody else has claimed since they were looked for."""
-        taken: list[tuple[int, int]] = []
-        for part in parts(found):
-            rows = [{"namespace_id": ns, "task": task, "of_pk": pk, "worker": worker} for ns, pk in part]
-            new = insert(connection, claims).values(rows).on_conflict_do_nothing()
-            made = connection.execute(new.returning(claims.c.namespace_id, claims.c.of_pk))
-            taken += [(row.namespace_id, row.of_pk) for row in made]
-        return sorted(taken)
+        """Claim up to so many of these; what another has claimed since the query began stays that one's."""
+        if limit <= 0:
+            return []
+        found = query.limit(limit).subquery()
+        rows = select(found.c.namespace_id, sa.literal(task), found.c.pk, sa.literal(worker)).where(sa.true())
+        new = insert(connection, claims).from_select(["namespace_id", "task", "of_pk", "worker"], rows)
+        made = connection.execute(new.on_conflict_do_nothing().returning(claims.c.namespace_id, claims.c.of_pk))
+        return sorted((row.namespace_id, row.of_pk) for row in made)
 
     def _read(self, connection: sa.Connection, worker: int, task: str, taken: Sequence[tuple[int, int]]) -> list[Job]:
         """The texts of what was claimed; what was forgotten meanwhile is claimed no more."""
@@ -206,14 +206,10 @@ class Queue:
             count = select(func.count())
             unmade = connection.execute(count.where(item_texts.c.fingerprint.is_(None))).scalar_one()
             stale = {table.name: self._count_stale(connection, table, fingerprint) for table in (vectors, item_texts)}
-            oldest = connection.execute(
-                select(segments.c.id)
-                .join(pending, sa.and_(pending.c.namespace_id == segments.c.namespace_id,
-                                       pending.c.segment_pk == segments.c.pk))
-                .where(pending.c.task == VECTOR_TASK)
-                .order_by(pending.c.segment_pk)
-                .limit(1)
-            ).scalar_one_or_none()  # fmt: skip
+            first = select(pending.c.namespace_id, pending.c.segment_pk).where(pending.c.task == VECTOR_TASK)
+            found = first.order_by(pending.c.segment_pk).limit(1).subquery()
+            same = found.c.namespace_id == segments.c.namespace_id, found.c.segment_pk == segments.c.pk
+            oldest = connection.execute(select(segments.c.id).join(found, sa.and_(*same))).scalar_one_or_none()
             rows = connection.execute(select(workers).order_by(workers.c.number)).all()
             alive = self._database.on_shift(connection, {row.number for row in rows})
             at = self._counts(connection, claims.c.worker)
