@@ -436,7 +436,7 @@ def test_without_the_extension_pgvector_says_what_to_do_and_exact_works(postgres
 
 
 def test_what_needs_a_file_is_refused(url, tmp_path):
-    with pytest.raises(ConfigError, match="'exact' or 'pgvector'"):
+    with pytest.raises(ConfigError, match="'exact', 'pgvector' or a Chroma server"):
         Memory.open(url, embedder="hash", vectors="chroma")
     with pytest.raises(ConfigError, match="needs a PostgreSQL database"):
         Memory.open(tmp_path / "memory.db", embedder="hash", vectors="pgvector")
