@@ -166,6 +166,22 @@ def test_workers_that_look_at_the_same_moment_do_not_take_the_same(place):
         assert len(taken) == len(set(taken)) == 400
 
 
+def test_a_worker_skips_what_another_is_about_to_claim(postgres_server):
+    """It neither waits for the other's transaction nor takes what is locked in it."""
+    url = postgres_server.url(postgres_server.new())
+    with opened(url) as memory:
+        memory.namespace(*ALICE).add_many(said(30))
+        queue, f = memory.parts.queue, memory.parts.embedder.fingerprint
+        with queue.shift("one") as one, memory.parts.store.database.claiming() as connection:
+            about = connection.exec_driver_sql(
+                "SELECT segment_pk FROM pending ORDER BY segment_pk LIMIT 20 FOR UPDATE SKIP LOCKED"
+            )
+            locked = set(about.scalars())
+            taken = queue.take(one, "vector", f, 99)
+            assert len(taken) == 10
+            assert locked.isdisjoint(job.row for job in taken)
+
+
 def test_namespaces_have_their_turns(place):
     with opened(place) as memory:
         memory.namespace(*ALICE).add_many(said(500))
