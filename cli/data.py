@@ -48,7 +48,7 @@ def ingest(
     JSON: {"stored": 12, "already_there": 0}, and "forgotten" and "too_old" where there are any
     """
     flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
-    with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
+    with opened(flags, writes=True) as (_, scope, settings), _progress() as progress:
         how = partial(
             scope.ingest, format=format, name=source, pick=pick, restore=restore, progress=progress.stored,
             workers=workers, ray=ray, made=progress.made,
@@ -62,6 +62,8 @@ def ingest(
         else:
             done = how(file)
     _tell(done, json)
+    if settings.derive == "workers" and not (workers or ray):
+        render.talk().print("Embedding is left to workers: memos worker")
 
 
 def _tell(done: Stored, json: bool) -> None:

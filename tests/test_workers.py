@@ -302,9 +302,14 @@ def test_what_a_killed_worker_had_claimed_is_taken_at_once(place):
             assert process.stdout.readline() == "at work\n"
             assert [each.claimed for each in memory.queue().workers] == [16]
             assert memory.work().vectors == 4
+            queue, f = memory.parts.queue, memory.parts.embedder.fingerprint
+            with queue.shift("beside it") as number:
+                assert queue.take(number, "vector", f, 99) == []
+                ended(process)
+                eventually(lambda: len(memory.queue().workers) == 1)  # the server has to notice
+                assert len(queue.take(number, "vector", f, 99)) == 16
         finally:
             ended(process)
-        eventually(lambda: memory.queue().workers == ())  # the server has to notice
         assert memory.work().vectors == 16
         assert_all_made(memory, ALICE)
 
