@@ -30,7 +30,9 @@ def ingest(
     ] = None,
     pick: Annotated[str | None, typer.Option("--pick", help="Of several conversations, the one with this id.")] = None,
     restore: Restore = False,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Store first, then embed in so many processes.")] = 0,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=1000, help="Store first, then embed in so many processes.")
+    ] = 0,
     ray: Annotated[
         bool, typer.Option("--ray", help="Embed on a Ray cluster, by so many actors (RAY_ADDRESS, or here).")
     ] = False,

@@ -30,7 +30,9 @@ def worker(
         bool | None,
         typer.Option("--summaries/--no-summaries", help="Also summarise; the default where an LLM is configured."),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="So many texts are embedded at a time.")] = 128,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=10_000, help="So many texts are embedded at a time.")
+    ] = 128,
     json: Json = False,
     store: Store = None,
     embedder: Embedder = None,

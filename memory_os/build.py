@@ -152,6 +152,7 @@ VECTORS: dict[str, Callable[[RecordStore, str, Path | None], VectorIndex]] = {
     "chroma": _chroma,
     "pgvector": _pgvector,
 }
+MOST_PENDING = 10**12
 CHROMA_SERVER = ("chroma+http://", "chroma+https://")
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
@@ -192,8 +193,8 @@ def build_parts(
         raise ConfigError(
             'max_pending bounds what waits for workers: open the memory with derive="workers", or without'
         )
-    if max_pending is not None and max_pending < 1:
-        raise ConfigError(f"max_pending must be at least 1, not {max_pending}")
+    if max_pending is not None and not 1 <= max_pending <= MOST_PENDING:
+        raise ConfigError(f"max_pending is from 1 to {MOST_PENDING}, not {max_pending}")
     address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller

@@ -80,6 +80,7 @@ DEFAULT_SESSION = "default"
 NO_LIMIT = 2**53
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
+MOST_WORKERS = 1000
 JUDGES = ("user", "gold", "judge")
 
 
@@ -460,9 +461,11 @@ class Scope:
             They are spawned: a script does this under ``if __name__ == "__main__":``.
         :param ray: so many actors of a Ray cluster (``RAY_ADDRESS``; else one on this machine) in place of processes.
         :param made: called with ``(vectors, 0, vectors a second)`` whenever those of the workers are durable.
-        :raises ConfigError: for workers below 0, or an embedder that cannot be sent to other processes.
+        :raises ConfigError: for workers that cannot be, or an embedder that cannot be sent to other processes.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
+        if not 0 <= workers <= MOST_WORKERS:
+            raise ConfigError(f"workers are from 0 to {MOST_WORKERS}, not {workers}")
         pool: EmbedderPool | None = None
         if ray or workers:
             from memory_os.build import make_pool

@@ -33,6 +33,7 @@ __all__ = ["Inline", "Worked", "Worker"]
 
 ROUND = 32
 """So many batches of vectors are made, at most, before a summary has its turn, where there is an LLM."""
+MOST_TEXTS = 10_000
 POLL_S = 1.0
 LOOK_S, LOOKS = 30.0, 2
 """After so many looks, so far apart, that found no vector of another embedder, a worker makes none anew any more.
@@ -78,7 +79,7 @@ class Worker:
     :param batch: how many texts are embedded at a time.
     :param only: do nothing of other namespaces.
     :param progress: called with ``(vectors, summaries, done a second)`` whenever some are durable.
-    :raises ConfigError: for a batch below 1.
+    :raises ConfigError: for a batch that cannot be.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class Worker:
         only: Namespace | None = None,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        if batch < 1:
-            raise ConfigError(f"a batch has at least 1 text, not {batch}")
+        if not 1 <= batch <= MOST_TEXTS:
+            raise ConfigError(f"a batch has at least 1 text and at most {MOST_TEXTS}, not {batch}")
         self._queue, self._store, self._items, self._pool, self._llm = queue, store, items, pool, llm
         self._fingerprint, self._batch, self._only, self._progress = fingerprint, batch, only, progress
         self._shift = ExitStack()

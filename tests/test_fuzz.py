@@ -168,7 +168,7 @@ VALID = {
     "ask": {"file": ["t.txt"], "question": ["cat?"]}, "context": {"query": ["cat"]}, "search": {"query": ["cat"]},
     "ingest": {"file": ["t.txt"]}, "summarize": {"file": ["t.txt"]}, "import": {"file": ["ok.jsonl"]},
     "export": {"file": ["out.jsonl"]}, "export-alr2": {"file": ["out.jsonl"]}, "confirm": {"answer": ["--answer", "x"]},
-    "forget": {"yes": ["--yes"]},
+    "forget": {"yes": ["--yes"]}, "worker": {"until_idle": ["--until-idle"], "summaries": ["--no-summaries"]},
 }  # fmt: skip
 BESIDE = {("forget", "query"): ["-k", "1"], ("forget", "k"): ["--query", "cat"]}
 

@@ -429,13 +429,19 @@ def test_who_stores_waits_for_workers_and_no_longer_than_they_work(place, monkey
 
 def test_settings_that_cannot_be(tmp_path):
     path = tmp_path / "memory.db"
-    for wrong in ({"derive": "there"}, {"max_pending": 0}, {"derive": "here", "max_pending": 9}):
+    for wrong in (
+        {"derive": "there"},
+        {"max_pending": 0},
+        {"max_pending": 10**30},
+        {"derive": "here", "max_pending": 9},
+    ):
         with pytest.raises(ConfigError):
             opened(path, **wrong)
     assert not path.exists()
     with opened(path) as memory:
-        with pytest.raises(ConfigError, match="at least 1"):
-            memory.work(batch=0)
+        for batch in (0, 10**30):
+            with pytest.raises(ConfigError, match="at least 1"):
+                memory.work(batch=batch)
         with pytest.raises(ConfigError, match="not -1"):
             memory.namespace("a").ingest(path, workers=-1)
 
