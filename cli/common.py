@@ -110,6 +110,8 @@ def opened(
         bank=settings.bank,
         retention_days=settings.retention_days if writes else None,
         redact=settings.redact,
+        derive=settings.derive,
+        max_pending=settings.max_pending,
         telemetry=settings.telemetry,
     ) as memory:
         scope = memory.namespace(*settings.labels)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -30,6 +30,12 @@ def ingest(
     ] = None,
     pick: Annotated[str | None, typer.Option("--pick", help="Of several conversations, the one with this id.")] = None,
     restore: Restore = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=1000, help="Store first, then embed in so many processes.")
+    ] = 0,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Embed on a Ray cluster, by so many actors (RAY_ADDRESS, or here).")
+    ] = False,
     json: Json = False,
     store: Store = None,
     namespace: Namespace = None,
@@ -44,8 +50,11 @@ def ingest(
     JSON: {"stored": 12, "already_there": 0}, and "forgotten" and "too_old" where there are any
     """
     flags = {"store": store, "namespace": namespace, "session": session, "embedder": embedder, "vectors": vectors}
-    with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
-        how = partial(scope.ingest, format=format, name=source, pick=pick, restore=restore, progress=progress)
+    with opened(flags, writes=True) as (_, scope, settings), _progress() as progress:
+        how = partial(
+            scope.ingest, format=format, name=source, pick=pick, restore=restore, progress=progress.stored,
+            workers=workers, ray=ray, made=progress.made,
+        )  # fmt: skip
         if file == "-":
             with tempfile.TemporaryFile() as spool:
                 while block := sys.stdin.buffer.read(1 << 20):
@@ -55,6 +64,8 @@ def ingest(
         else:
             done = how(file)
     _tell(done, json)
+    if settings.derive == "workers" and not (workers or ray):
+        render.talk().print("Embedding is left to workers: memos worker")
 
 
 def _tell(done: Stored, json: bool) -> None:
@@ -146,9 +157,16 @@ def _levels() -> Iterator[Callable[[int, int, int], None]]:
         yield show
 
 
+class Shown(NamedTuple):
+    """What is called with ``(stored, already there, total)``, and with ``(vectors, summaries, done a second)``."""
+
+    stored: Callable[..., None]
+    made: Callable[[int, int, float], None]
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, a line per batch elsewhere; both on standard error."""
+def _progress() -> Iterator[Shown]:
+    """Bars on a terminal, a line per batch elsewhere; both on standard error."""
     console = render.talk()
     if not console.is_terminal:
 
@@ -156,18 +174,20 @@ def _progress() -> Iterator[Callable[..., None]]:
             if total != 0:
                 console.print(f"{stored + known}" + (f" of {total}" if total is not None else ""))
 
-        yield line
+        yield Shown(line, lambda n, _, pace: console.print(f"{n} vectors, {pace:.0f} a second"))
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("Remembering", total=None)
+        vectors = bar.add_task("Vectors", total=None, visible=False)
 
         def show(stored: int, known: int, total: int | None = None) -> None:
             bar.update(task, completed=stored + known, total=total)
+            bar.update(vectors, total=stored)
 
-        yield show
+        yield Shown(show, lambda n, _, __: bar.update(vectors, completed=n, visible=True))
 
 
 def confirm(
@@ -324,5 +344,5 @@ def import_(
     """
     flags = {"store": store, "namespace": namespace, "embedder": embedder, "vectors": vectors}
     with opened(flags, writes=True) as (_, scope, _), _progress() as progress:
-        done = scope.import_(sys.stdin if file == "-" else file, restore=restore, progress=progress)
+        done = scope.import_(sys.stdin if file == "-" else file, restore=restore, progress=progress.stored)
     _tell(done, json)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memory_os.cli import ask, bank, bench, chat, data, forget, inspect, migrate
+from memory_os.cli import ask, bank, bench, chat, data, forget, inspect, migrate, worker
 
 __all__ = ["app", "run"]
 
@@ -65,6 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "migrate": migrate.migrate,
     "stats": inspect.stats,
     "bank": bank.bank,
+    "worker": worker.worker,
     "doctor": inspect.doctor,
     "config": inspect.config,
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memory_os.controllers.scm import ScmController
     from memory_os.controllers.xl3m import Xl3mController
     from memory_os.errors import (
+        BacklogFullError,
         BudgetError,
         CapabilityError,
         ConfigError,
@@ -36,6 +37,7 @@ __all__ = [
     "Alr2Controller",
     "AsyncMemory",
     "AsyncScope",
+    "BacklogFullError",
     "BankOptions",
     "BudgetError",
     "CapabilityError",

@@ -9,10 +9,13 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from memory_os.backlog import STEP
 from memory_os.examples import Examples, Prediction
 from memory_os.items import Items
 from memory_os.memory import Memory, Scope, Stream
+from memory_os.protocols import QueueStatus
 from memory_os.types import Namespace, Reply, Segment
+from memory_os.worker import Worked
 
 __all__ = ["AsyncExamples", "AsyncItems", "AsyncMemory", "AsyncScope", "AsyncStream"]
 
@@ -258,6 +261,24 @@ class AsyncMemory:
     async def pending(self) -> dict[Namespace, int]:
         """How many vectors each namespace still lacks."""
         return await self.calls(self.memory.pending)
+
+    async def queue(self) -> QueueStatus:
+        """What is left to be derived, and who is at it; see ``Memory.queue``."""
+        return await self.calls(self.memory.queue)
+
+    async def work(
+        self,
+        *,
+        stop: Event | None = None,
+        until_idle: bool = True,
+        batch: int = STEP,
+        summaries: bool = True,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> Worked:
+        """Be a worker; see ``Memory.work``. One that is cancelled goes on until ``stop`` is set."""
+        return await self.calls(
+            self.memory.work, stop=stop, until_idle=until_idle, batch=batch, summaries=summaries, progress=progress
+        )
 
     async def check(self, *, deep: bool = False) -> dict[str, list[str]]:
         """What is wrong with the store, by kind."""

@@ -13,16 +13,15 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from memory_os import turn_summary
 from memory_os.derive import told
 from memory_os.errors import LLMError
-from memory_os.fence import inert
 from memory_os.protocols import LLM, RecordStore
-from memory_os.types import Message, Namespace, Segment
+from memory_os.types import Namespace, Segment
 
 __all__ = ["Backlog", "Made", "VectorBacklog"]
 
@@ -103,7 +102,7 @@ class Backlog:
         try:
             while not stop.is_set() and (segment := self._next(namespace)):
                 try:
-                    text = self._summary(segment, llm, stop)
+                    text = turn_summary.summarize(segment.text, llm, stop)
                 except LLMError as error:  # asked again when the summary is needed
                     # not what it said: a server may repeat the prompt
                     log.warning("no summary of #%d: the LLM failed (%s)", segment.seq, told(error.__cause__ or error))
@@ -113,21 +112,6 @@ class Backlog:
                     self._store.put_summary(namespace, segment.id, turn_summary.by_llm(llm), text)
         except Exception as error:  # the list keeps what was not done, whatever the disk or a foreign LLM raises
             log.warning("summaries are left for later: %s", told(error))
-
-    def _summary(self, segment: Segment, llm: LLM, stop: threading.Event) -> str | None:
-        """The summary, or ``None`` if the work was stopped."""
-        messages: list[Message] = [{"role": "user", "content": inert(turn_summary.prompt_for(segment.text))}]
-        speaking = llm.generate(messages, max_tokens=turn_summary.MAX_TOKENS)
-        pieces: list[str] = []
-        try:
-            for piece in speaking:
-                if stop.is_set():
-                    return None
-                pieces.append(piece)
-        finally:
-            if isinstance(speaking, Generator):
-                speaking.close()
-        return "".join(pieces).strip()
 
 
 class Made(NamedTuple):

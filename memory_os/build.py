@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from memory_os.address import DatabaseUrl, is_server, without_password
 from memory_os.backlog import Backlog, Made, VectorBacklog
+from memory_os.bound import Bound
 from memory_os.derive import embed
 from memory_os.errors import CapabilityError, ConfigError, StoreError, UnknownNameError
 from memory_os.items import Items
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
     from memory_os.forget import Retention
-    from memory_os.protocols import LLM, Controller, Embedder, RecordStore, TokenCounter, VectorIndex
+    from memory_os.protocols import LLM, Controller, Embedder, EmbedderPool, RecordStore, TokenCounter, VectorIndex
     from memory_os.redact import Redact
     from memory_os.stores.backend import Backend, Opening
 
@@ -40,6 +41,7 @@ __all__ = [
     "make_controller",
     "make_embedder",
     "make_llm",
+    "make_pool",
     "migrate",
     "open_database",
     "tokenizer_of",
@@ -154,6 +156,7 @@ VECTORS: dict[str, Callable[[RecordStore, str, Path | None], VectorIndex]] = {
     "chroma": _chroma,
     "pgvector": _pgvector,
 }
+MOST_PENDING = 10**12
 CHROMA_SERVER = ("chroma+http://", "chroma+https://")
 EMBEDDERS: dict[str, Callable[[], Embedder]] = {"minilm": _minilm, "hash": _hash}
 
@@ -176,6 +179,8 @@ def build_parts(
     bank: BankOptions,
     retention: Retention | None = None,
     redact: Redact | None = None,
+    derive: str = "here",
+    max_pending: int | None = None,
     telemetry: bool = False,
 ) -> Parts:
     """Make the collaborators of a turn. Models are loaded when they are first used.
@@ -186,6 +191,14 @@ def build_parts(
     for what, name in (("LLM", llm), ("embedder", embedder), ("controller", controller), ("tokenizer", tokenizer)):
         if isinstance(name, str):
             as_ref(name, what)
+    if derive not in ("here", "workers"):
+        raise UnknownNameError("place to derive", derive, ("here", "workers"))
+    if max_pending is not None and derive != "workers":
+        raise ConfigError(
+            'max_pending bounds what waits for workers: open the memory with derive="workers", or without'
+        )
+    if max_pending is not None and not 1 <= max_pending <= MOST_PENDING:
+        raise ConfigError(f"max_pending is from 1 to {MOST_PENDING}, not {max_pending}")
     address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller
@@ -200,6 +213,7 @@ def build_parts(
     from memory_os.adapters.tokenizers import TiktokenCounter
     from memory_os.stores.bank import SegmentBank
     from memory_os.stores.items import ItemRows
+    from memory_os.stores.queue import Queue
     from memory_os.stores.records import Records
 
     @cache  # read when the first text is stored
@@ -219,6 +233,7 @@ def build_parts(
         store.close()
         raise
     items = ItemRows(database, redact=redact)
+    queue = Queue(database)
     folder = database.bank_folder
 
     def count_missing(namespace: Namespace) -> int:
@@ -231,14 +246,19 @@ def build_parts(
         made = Items(items, chosen_embedder, namespace).catch_up(limit=most)
         return Made(made, made)
 
+    again = partial(make_embedder, embedder) if isinstance(embedder, str) else partial(_itself, chosen_embedder)
+
     def count_all_missing() -> int:
-        return sum(map(count_missing, store.namespaces()))
+        left = queue.status(chosen_embedder.fingerprint)
+        return left.vectors + left.items
 
     return Parts(
         store, index, chosen_embedder, chosen_controller, counter, chosen_llm, options,
         vectors=VectorBacklog(count_missing, make_missing),
         backlog=Backlog(store), bank=SegmentBank(database, folder, bank) if folder else None,
-        items=items, retention=retention,
+        items=items, retention=retention, queue=queue, leaves_work=derive == "workers",
+        bound=Bound(queue, max_pending) if max_pending is not None else None,
+        make_embedder=again,
         telemetry=Telemetry(store.id, count_all_missing) if telemetry else None,
     )  # fmt: skip
 
@@ -457,6 +477,25 @@ def make_embedder(name: str) -> Embedder:
         return LangChainEmbedder.from_string(name)
     hint = "or st:NAME for any sentence-transformers model or folder, or provider:model through LangChain"
     raise UnknownNameError("embedder", name, EMBEDDERS, hint)
+
+
+def _itself(embedder: Embedder) -> Embedder:
+    return embedder
+
+
+def make_pool(make: Callable[[], Embedder], fingerprint: str, workers: int, *, ray: bool) -> EmbedderPool:
+    """So many processes of this machine that embed, or actors of a Ray cluster.
+
+    :raises ConfigError: for fewer than 1, or an embedder that cannot be sent to them.
+    :raises MissingExtraError: without the package ray.
+    """
+    if ray:
+        from memory_os.adapters.ray_pool import RayPool
+
+        return RayPool(make, fingerprint, workers)
+    from memory_os.adapters.processes import ProcessPool
+
+    return ProcessPool(make, fingerprint, workers)
 
 
 def make_llm(name: str) -> LLM:

@@ -87,6 +87,8 @@ class Settings(BaseSettings):
     system: str = DEFAULTS.system
     retention_days: float | None = None
     redact: bool = False
+    derive: Literal["here", "workers"] = "here"
+    max_pending: int | None = None
     telemetry: bool = False
     bank_tokens: int = BANK.max_tokens
     bank_mb: int = BANK.max_bytes // 1_000_000

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from memory_os.errors import StoreError
-from memory_os.protocols import Embedder, RecordStore, TokenEmbedder
+from memory_os.protocols import Embedder, RecordStore, vectors_of
 from memory_os.types import Namespace, Segment
 
 __all__ = ["INLINE_PENDING", "catch_up", "deferrable", "embed", "embedded_text", "failure_of", "told"]
@@ -59,11 +59,7 @@ def embed(store: RecordStore, embedder: Embedder, namespace: Namespace, segments
     new = 0
     for start in range(0, len(segments), BATCH):
         batch = segments[start : start + BATCH]
-        texts = [embedded_text(segment) for segment in batch]
-        if isinstance(embedder, TokenEmbedder):
-            vectors, tokens = embedder.embed_documents_by_token(texts)
-        else:
-            vectors, tokens = embedder.embed_documents(texts), None
+        vectors, tokens = vectors_of(embedder, [embedded_text(segment) for segment in batch])
         ids = [segment.id for segment in batch]
         new += store.put_vectors(namespace, embedder.fingerprint, ids, vectors, tokens)
     return new

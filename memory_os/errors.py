@@ -8,6 +8,7 @@ MemoryOSError
 ├── InvalidInputError     text or a file that cannot be stored; carries source and line
 ├── BudgetError           the fixed parts of the context do not fit
 ├── CapabilityError       a controller needs an LLM that can do more
+├── BacklogFullError      workers are too far behind for more to be stored
 ├── StoreError            the store cannot be read or written
 │   ├── SchemaError       the database belongs to another version
 │   └── StoreLockedError  another process owns an embedded index
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "BacklogFullError",
     "BudgetError",
     "CapabilityError",
     "ConfigError",
@@ -121,6 +123,21 @@ class CapabilityError(MemoryOSError):
         with_it = "" if capability == "LLM" else f" with {capability}"
         because = f", and {problem}" if problem else ""
         super().__init__(f"controller {controller!r} needs an LLM{with_it}{because}; {adapter} is one")
+
+
+class BacklogFullError(MemoryOSError):
+    """Too much waits for workers, and does not grow less. Nothing was stored; try again when they have caught up.
+
+    :param pending: so many segments have no vector.
+    :param most: so many may have none (``max_pending``).
+    """
+
+    def __init__(self, pending: int, most: int) -> None:
+        self.pending, self.most = pending, most
+        super().__init__(
+            f"{pending} segments wait for workers, max_pending is {most}, and they do not grow less; nothing was "
+            "stored. Start more of them (memos worker; memos worker --status says who is there), or raise max_pending"
+        )
 
 
 class StoreError(MemoryOSError):

@@ -37,11 +37,18 @@ class Items:
     """
 
     def __init__(
-        self, store: ItemStore, embedder: Embedder, namespace: Namespace, vectors: VectorBacklog | None = None
+        self,
+        store: ItemStore,
+        embedder: Embedder,
+        namespace: Namespace,
+        vectors: VectorBacklog | None = None,
+        *,
+        leaves_work: bool = False,
     ) -> None:
         self._store = store
         self._embedder = embedder
         self._vectors = vectors
+        self._leaves_work = leaves_work  # to workers
         self.labels = namespace
 
     # -- write -----------------------------------------------------------------------------------------------------
@@ -106,6 +113,8 @@ class Items:
 
     def _make_vectors(self, n_new: int = 0) -> None:
         """Make the vectors of new texts, and those that were missing before: now if they are few, else in a thread."""
+        if self._leaves_work:
+            return
         n_missing = self._store.count_pending(self.labels, self._embedder.fingerprint)
         if self._vectors and (n_missing > INLINE_PENDING + n_new or self._vectors.busy(self.labels)):
             self.catch_up(limit=n_new)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from memory_os.backlog import STEP
 from memory_os.derive import BATCH, catch_up, deferrable
 from memory_os.errors import CapabilityError, ConfigError, InvalidInputError, StoreError, UnknownNameError
 from memory_os.forget import Retention, Selection, expire, forget, ids_in, with_summaries
@@ -58,8 +60,19 @@ if TYPE_CHECKING:
     from memory_os.aligned import AlignedReport
     from memory_os.bank import LLMBank
     from memory_os.examples import Examples
-    from memory_os.protocols import LLM, BankStatus, Controller, Embedder, TokenCounter, Vector
+    from memory_os.protocols import (
+        LLM,
+        BankStatus,
+        Controller,
+        Embedder,
+        EmbedderPool,
+        QueueStatus,
+        TokenCounter,
+        Vector,
+        WorkQueue,
+    )
     from memory_os.summarize import Summary
+    from memory_os.worker import Worked, Worker
 
 __all__ = ["DEFAULT_SESSION", "Memory", "Scope", "Stream"]
 
@@ -67,6 +80,7 @@ DEFAULT_SESSION = "default"
 NO_LIMIT = 2**53
 ROLES = ("user", "assistant", "system", "tool")
 KINDS = ("turn", "document", "note")
+MOST_WORKERS = 1000
 JUDGES = ("user", "gold", "judge")
 
 
@@ -99,6 +113,8 @@ class Memory:
         bank: BankOptions | None = None,
         retention_days: float | None = None,
         redact: bool | Callable[[str], str] = False,
+        derive: str = "here",
+        max_pending: int | None = None,
         telemetry: bool = False,
         **options: Any,
     ) -> Self:
@@ -126,6 +142,11 @@ class Memory:
         :param redact: take secrets (keys, tokens, passwords, card numbers) out of all that is stored from now on, by
             their form, or by a function from text to text. The LLM still sees what the user writes in this turn. Names
             cannot be redacted: of a session, an id, or an item's path or key that holds one an error says so.
+        :param derive: ``"here"``, or ``"workers"``: vectors and summaries are left to ``memos worker`` processes (or
+            ``work``), and what has no vector yet is found by its words; traces say so.
+        :param max_pending: with ``"workers"``: while more segments than this have no vector, in all namespaces,
+            ``add``, ``add_many``, ``replace_many``, ``ingest`` and ``import_`` wait before they store, and raise
+            ``BacklogFullError`` where nothing has happened for a minute. A turn of ``chat`` is always stored.
         :param telemetry: tell OpenTelemetry of every turn, in numbers and names, never in texts: docs/observability.md.
         :param options: fields of ``Options``: ``budget``, ``reply_tokens``, ``flash_turns``, ``system``.
         :raises ConfigError: for a name or option that cannot be used, a missing extra among them.
@@ -152,6 +173,8 @@ class Memory:
                 bank=bank or BankOptions(),
                 retention=retention,
                 redact=redactor(redact),
+                derive=derive,
+                max_pending=max_pending,
                 telemetry=telemetry,
             )
         )
@@ -192,6 +215,38 @@ class Memory:
         administrator's.
         """
         return self.parts.store.files_with([check_text(text) for text in texts])
+
+    def work(
+        self,
+        *,
+        stop: Event | None = None,
+        until_idle: bool = True,
+        batch: int = STEP,
+        summaries: bool = True,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> Worked:
+        """Be a worker: make vectors that are missing, in every namespace, and summaries that are listed.
+
+        Any number of processes may do so at once, on any machine that reaches the database; what one has taken another
+        leaves alone, until that one has ended. What it had under way is then made by another.
+
+        :param stop: set it, from another thread or a signal's handler, to have this end after what is under way.
+        :param until_idle: end where there is nothing left that nobody is at; otherwise wait for more.
+        :param batch: how many texts are embedded at a time.
+        :param summaries: whether summaries are made, if there is an LLM.
+        :param progress: called with ``(vectors, summaries, done a second)`` whenever some are durable.
+        :raises StoreError: if the store fails five times in a row, where ``until_idle``; otherwise it is tried again.
+        """
+        from memory_os.worker import Inline
+
+        parts = self.parts
+        llm = parts.llm if summaries else None
+        worker = _worker(parts, Inline(parts.embedder), llm=llm, batch=batch, progress=progress)
+        return worker.run(stop or Event(), until_idle=until_idle)
+
+    def queue(self) -> QueueStatus:
+        """What is left to be derived in all namespaces, and which workers are at it."""
+        return _queue(self.parts).status(self.parts.embedder.fingerprint)
 
     def check(
         self, *, deep: bool = False, progress: Callable[[str, int, int], None] | None = None
@@ -263,9 +318,10 @@ class Scope:
 
         They belong to the whole namespace, whatever the session, and recall does not see them.
         """
-        if self._parts.items is None:
+        parts = self._parts
+        if parts.items is None:
             raise ConfigError("this memory was put together without a store of items; Memory.open makes one")
-        return Items(self._parts.items, self._parts.embedder, self.labels, self._parts.vectors)
+        return Items(parts.items, parts.embedder, self.labels, parts.vectors, leaves_work=parts.leaves_work)
 
     # -- write -----------------------------------------------------------------------------------------------------
 
@@ -326,6 +382,11 @@ class Scope:
         :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
         :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
+        if self._parts.bound:
+            self._parts.bound.wait(len(segments))
+        return self._add_many(segments, restore=restore, embed=embed)
+
+    def _add_many(self, segments: Sequence[NewSegment], *, restore: bool, embed: bool) -> list[Segment]:
         check_count(len(segments))
         checked = [checked_segment(new) for new in segments]
         stored = self._parts.store.append(self.labels, self._fresh(checked), restore=restore)
@@ -361,6 +422,8 @@ class Scope:
                 raise InvalidInputError("a segment without a key cannot take the place of another; give it one")
         checked = [checked_segment(new) for new in segments]
         self._check_age(*checked)
+        if self._parts.bound:
+            self._parts.bound.wait(len(checked))
         stored = self._parts.store.replace(self.labels, checked)
         self._parts.index.sync(self.labels)
         with deferrable():
@@ -377,6 +440,9 @@ class Scope:
         pick: str | None = None,
         restore: bool = False,
         progress: Callable[[int, int, int], None] | None = None,
+        workers: int = 0,
+        ray: bool = False,
+        made: Callable[[int, int, float], None] | None = None,
     ) -> Stored:
         """Store a file: text, Markdown, or a chat in JSON or JSONL; ``(stored, already there)``.
 
@@ -391,24 +457,46 @@ class Scope:
         :param restore: store also what was forgotten here; otherwise it stays so, and ``.forgotten`` counts it.
         :param progress: called with ``(stored, already there, total)`` before the first batch and after each one is
             durable; the file is then read once more, beforehand, to know the total.
+        :param workers: store all of it first; then so many processes of this machine make the namespace's vectors.
+            They are spawned: a script does this under ``if __name__ == "__main__":``.
+        :param ray: so many actors of a Ray cluster (``RAY_ADDRESS``; else one on this machine) in place of processes.
+        :param made: called with ``(vectors, 0, vectors a second)`` whenever those of the workers are durable.
+        :raises ConfigError: for workers that cannot be, or an embedder that cannot be sent to other processes.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
+        if not 0 <= workers <= MOST_WORKERS:
+            raise ConfigError(f"workers are from 0 to {MOST_WORKERS}, not {workers}")
+        pool: EmbedderPool | None = None
+        if ray or workers:
+            from memory_os.build import make_pool
+
+            parts = self._parts
+            if parts.make_embedder is None:
+                raise ConfigError("this memory has no way to make its embedder once more; Memory.open gives it one")
+            pool = make_pool(parts.make_embedder, parts.embedder.fingerprint, workers or 1, ray=ray)
         total, done = 0, Stored(0, 0)
         if progress:
             total = sum(len(batch) for batch in up_to_the_fault(self._read(source, format, name, pick)))
             progress(*done, total)
         for batch in batched(self._read(source, format, name, pick)):
-            done = self._stored(batch, restore, done)
+            done = self._stored(batch, restore, done, embed=pool is None)
             if progress:
                 progress(*done, total)
+        if pool is not None:
+            try:
+                _worker(self._parts, pool, only=self.labels, progress=made).run(Event(), until_idle=True)
+            finally:
+                pool.close()
+            return done
         with deferrable():
             self._parts.catch_up(self.labels, most=BATCH)  # what an interrupted run left
         return done
 
-    def _stored(self, segments: Sequence[NewSegment], restore: bool, before: Stored) -> Stored:
+    def _stored(self, segments: Sequence[NewSegment], restore: bool, before: Stored, *, embed: bool = True) -> Stored:
         """Store these; what became of them, added to what became of those before."""
         fresh = self._fresh(segments)
-        n_new = len(self.add_many(fresh, restore=restore))
+        add = self.add_many if embed else self._add_many  # what embeds them itself waits for nobody
+        n_new = len(add(fresh, restore=restore, embed=embed))
         out = 0 if n_new == len(fresh) else self._parts.store.forgotten(self.labels, fresh)
         stored, known = before
         too_old = before.too_old + len(segments) - len(fresh)
@@ -1031,6 +1119,18 @@ class Stream:
         if self._reply is None:
             raise ConfigError("the reply is there when the stream has ended; iterate it to its end first")
         return self._reply
+
+
+def _queue(parts: Parts) -> WorkQueue:
+    if parts.queue is None:
+        raise ConfigError("this memory was put together without a queue of work; Memory.open makes one")
+    return parts.queue
+
+
+def _worker(parts: Parts, pool: EmbedderPool, **how: Any) -> Worker:
+    from memory_os.worker import Worker
+
+    return Worker(_queue(parts), parts.store, parts.items, pool, parts.embedder.fingerprint, **how)
 
 
 def _as_unit(numbers: Sequence[float], dimension: int) -> Vector:

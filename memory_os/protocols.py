@@ -51,16 +51,19 @@ __all__ = [
     "Controller",
     "Deleted",
     "Embedder",
+    "EmbedderPool",
     "FlashController",
     "Item",
     "ItemChange",
     "ItemPath",
     "ItemStore",
+    "Job",
     "KeptIndex",
     "LexicalIndex",
     "MemoryView",
     "Profiles",
     "QuestionScoringLLM",
+    "QueueStatus",
     "Reading",
     "RecordStore",
     "ScoringLLM",
@@ -74,6 +77,9 @@ __all__ = [
     "VectorIndex",
     "VectorRows",
     "VectorSource",
+    "WorkQueue",
+    "WorkerStatus",
+    "vectors_of",
 ]
 
 
@@ -329,6 +335,13 @@ class TokenEmbedder(Protocol):
 
     def reads(self, text: str) -> bool:
         """Whether the model knows the script of the text; what it makes of one that it does not know is noise."""
+
+
+def vectors_of(embedder: Embedder, texts: Sequence[str]) -> tuple[Matrix, list[bytes] | None]:
+    """The texts' vectors, ``[len(texts), dimension]``, and their tokens' where the embedder gives any."""
+    if isinstance(embedder, TokenEmbedder):
+        return embedder.embed_documents_by_token(texts)
+    return embedder.embed_documents(texts), None
 
 
 class VectorRows(NamedTuple):
@@ -710,6 +723,115 @@ class RecordStore(VectorSource, LexicalIndex, Protocol):
 
     def close(self) -> None:
         """Release the database."""
+
+
+class Job(NamedTuple):
+    """A piece of derived work that a worker has claimed.
+
+    :param task: ``vector`` or ``summary``, of a segment, or ``item``, the vector of an item's text.
+    :param number: the namespace's, in the database.
+    :param row: the segment's or the text's, in the database.
+    :param of: the segment, or the text.
+    """
+
+    task: str
+    namespace: Namespace
+    number: int
+    row: int
+    of: Segment | str
+
+
+class WorkerStatus(NamedTuple):
+    """A worker that is alive.
+
+    :param name: its host and process.
+    :param seen_at: when it last finished or began something.
+    :param claimed: how much it has claimed now.
+    :param done: how much it has done since it started.
+    :param per_second: how much it did a second, of late.
+    """
+
+    name: str
+    started_at: datetime
+    seen_at: datetime
+    claimed: int
+    done: int
+    per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """What is to be done, in all namespaces, claimed or not, and who is at it.
+
+    :param vectors: of segments, those of another embedder included; ``items``: of items' texts, likewise.
+    :param summaries: segments listed to be summarised.
+    :param oldest: the id of the segment that waits longest for its first vector.
+    """
+
+    vectors: int
+    items: int
+    summaries: int
+    oldest: str | None
+    workers: tuple[WorkerStatus, ...]
+
+    @property
+    def oldest_at(self) -> datetime | None:
+        """When that was first stored, by its id; ``None`` where ids are not ours."""
+        from datetime import UTC, datetime
+        from uuid import UUID
+
+        try:
+            oldest = UUID(self.oldest or "")
+        except ValueError:
+            return None
+        return datetime.fromtimestamp((oldest.int >> 80) / 1000, UTC) if oldest.version == 7 else None
+
+
+class WorkQueue(Protocol):
+    """Derived work, taken by any number of processes that do not do the same."""
+
+    def shift(self, name: str) -> AbstractContextManager[int]:
+        """Be a worker until this is left, or the process ends, however it ends: then its claims are void. Its number.
+
+        :param name: that others see.
+        """
+
+    def take(
+        self, worker: int, task: str, fingerprint: str, limit: int, *, only: Namespace | None = None, stale: bool = True
+    ) -> list[Job]:
+        """Claim up to so many pieces of work that nobody is at; none where there are no more.
+
+        Namespaces have their turns, batch by batch, so that a bulk load in one keeps no other waiting.
+
+        :param fingerprint: of the embedder.
+        :param only: of this namespace.
+        :param stale: once nothing lacks a vector, also what has one of another embedder.
+        """
+
+    def release(self, worker: int, jobs: Sequence[Job], *, done: int = 0, per_second: float = 0.0) -> None:
+        """Give up claims: what is not done by now is anybody's.
+
+        :param done: so many more are; for ``status``, as ``per_second`` is.
+        """
+
+    def status(self, fingerprint: str) -> QueueStatus:
+        """What is to be done, and who is at it."""
+
+    def length(self, enough: int) -> int:
+        """How many segments have no vector at all; far above ``enough`` it is not counted to the end."""
+
+
+class EmbedderPool(Protocol):
+    """Texts in, vectors out, in this process or in many."""
+
+    def embed(self, batches: Iterable[Sequence[str]]) -> Iterator[tuple[Matrix, list[bytes] | None]]:
+        """The vectors of each batch, and its token vectors where the embedder gives any, in the order of the batches.
+
+        Takes a few batches ahead of what it gives back.
+        """
+
+    def close(self) -> None:
+        """End what it started."""
 
 
 class MemoryView(Protocol):

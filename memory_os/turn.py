@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ import uuid_utils
 
 from memory_os.backlog import Backlog, VectorBacklog
 from memory_os.bank import Layout, LLMBank
+from memory_os.bound import Bound
 from memory_os.citations import Citations
 from memory_os.corpus import Corpora
 from memory_os.derive import INLINE_PENDING, catch_up, deferrable, embed
@@ -40,6 +41,7 @@ from memory_os.protocols import (
     SummarizingController,
     TokenCounter,
     VectorIndex,
+    WorkQueue,
 )
 from memory_os.recall import Recall
 from memory_os.types import (
@@ -109,6 +111,12 @@ class Parts:
     bank: Bank | None = None
     items: ItemStore | None = None
     retention: Retention | None = None
+    queue: WorkQueue | None = None
+    leaves_work: bool = False
+    """Whether what is derived is left to workers."""
+    bound: Bound | None = None
+    make_embedder: Callable[[], Embedder] | None = None
+    """Makes the embedder once more, in another process."""
     telemetry: Telemetry | None = None
 
     def clock(self, name: str, namespace: Namespace) -> Clock:
@@ -137,8 +145,12 @@ class Parts:
     def catch_up(self, namespace: Namespace, new: Sequence[Segment] = (), *, most: int = INLINE_PENDING) -> None:
         """Make the vectors of new segments, and those that were missing before: now if they are few, else in a thread.
 
+        Where work is left to workers, none.
+
         :param most: what is few.
         """
+        if self.leaves_work:
+            return
         state = self.store.state(namespace, self.embedder.fingerprint)
         if self.contested(namespace, state):  # each would make anew what the other made, with every search
             listed = self.store.pending(namespace, self.embedder.fingerprint, most + len(new), stale=False)
@@ -490,6 +502,7 @@ def _turn(
             long = [segment for segment in (asked, said) if segment and parts.controller.wants_summary(segment, llm)]
             if long:
                 parts.store.list_for_summary(namespace, [segment.id for segment in long])
-            parts.backlog.resume(namespace, llm)
+            if not parts.leaves_work:
+                parts.backlog.resume(namespace, llm)
     clock.lap("derive")
     return Reply(text, said, replace(context, trace=trace), trace)

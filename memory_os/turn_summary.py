@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Generator
+from threading import Event
 
+from memory_os.fence import inert
 from memory_os.lexical import language_of, query_terms
 from memory_os.protocols import LLM
+from memory_os.types import Message
 
-__all__ = ["MAX_TOKENS", "by_llm", "extract", "prompt_for"]
+__all__ = ["MAX_TOKENS", "by_llm", "extract", "prompt_for", "summarize"]
 
 VERSION = 1
 """Of the prompts: what older ones made is not used."""
@@ -36,6 +40,25 @@ def by_llm(llm: LLM) -> str:
 def prompt_for(text: str) -> str:
     """The prompt that asks for a text's summary, in the text's language."""
     return PROMPTS[language_of(text)].format(text=text)
+
+
+def summarize(text: str, llm: LLM, stop: Event) -> str | None:
+    """A text's summary by the LLM, or ``None`` if it was stopped, which it is at the next token.
+
+    :raises LLMError: if the model fails.
+    """
+    messages: list[Message] = [{"role": "user", "content": inert(prompt_for(text))}]
+    speaking = llm.generate(messages, max_tokens=MAX_TOKENS)
+    pieces: list[str] = []
+    try:
+        for piece in speaking:
+            if stop.is_set():
+                return None
+            pieces.append(piece)
+    finally:
+        if isinstance(speaking, Generator):
+            speaking.close()
+    return "".join(pieces).strip()
 
 
 def extract(text: str) -> str:

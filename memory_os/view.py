@@ -183,6 +183,8 @@ class View:
             elif self._state.n_pending:
                 self.notes.append(
                     _lacking(self._state.n_pending, [*failures, parts.vectors.failure if parts.vectors else ""][0])
+                    if not parts.leaves_work
+                    else LEFT.format(self._state.n_pending)
                 )
         return self._state
 
@@ -333,6 +335,12 @@ def _without_echoes(segments: Iterable[Segment]) -> Iterator[Segment]:
 CONTESTED = (
     "{} segments have vectors by another embedder, with which this store is in use at the same time: they were "
     "searched by their words only; open it with one embedder everywhere"
+)
+
+
+LEFT = (
+    "{} segments have no vector of this embedder yet and were searched by their words only; they are left to workers: "
+    "memos worker"
 )
 
 

@@ -57,6 +57,15 @@ class Backend(Protocol):
     def read(self, namespace: Namespace | None = None) -> AbstractContextManager[sa.Connection]:
         """One consistent view of the data."""
 
+    def claiming(self) -> AbstractContextManager[sa.Connection]:
+        """One transaction of the queue, over all namespaces, without their locks: it writes claims and workers only."""
+
+    def shift(self) -> AbstractContextManager[int]:
+        """A number that is this caller's alone until it leaves, or its process ends, however it ends."""
+
+    def on_shift(self, connection: sa.Connection, numbers: Collection[int]) -> set[int]:
+        """Those of the numbers that are somebody's now."""
+
     def snapshot(self) -> AbstractContextManager[None]:
         """One consistent view for all that this thread reads meanwhile; writers go on."""
 

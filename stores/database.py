@@ -14,7 +14,8 @@ import stat
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -126,6 +127,33 @@ class Database:
             return
         with self._translated(), self.engine.connect() as connection:
             yield connection
+
+    @contextmanager
+    def claiming(self) -> Iterator[sa.Connection]:
+        """One transaction under the write lock."""
+        with self.write() as connection:
+            yield connection
+
+    @contextmanager
+    def shift(self) -> Iterator[int]:
+        """A number that is this caller's until it leaves or its process ends: that of a file that it has locked."""
+        with self._translated(), ExitStack() as held:
+            yield next(n for n in count(1) if self._locks(held, n))
+
+    def on_shift(self, connection: sa.Connection, numbers: Collection[int]) -> set[int]:
+        """Those of the numbers whose file is locked."""
+        with ExitStack() as held:
+            return {n for n in numbers if not self._locks(held, n)}
+
+    def _locks(self, held: ExitStack, number: int) -> bool:
+        """Lock a worker's file until ``held`` is left; whether nobody had it."""
+        from filelock import FileLock, Timeout
+
+        try:
+            held.enter_context(FileLock(f"{self.path}-worker-{number}", timeout=0, mode=0o600))
+        except Timeout:
+            return False
+        return True
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:

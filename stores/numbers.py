@@ -14,7 +14,8 @@ __all__ = ["last_numbers", "set_last_numbers"]
 NUMBERED = {
     table.name: table.primary_key.columns[0].name
     for table in metadata.sorted_tables
-    if [isinstance(column.type, sa.Integer) and not column.foreign_keys for column in table.primary_key] == [True]
+    if [isinstance(c.type, sa.Integer) and bool(c.autoincrement) and not c.foreign_keys for c in table.primary_key]
+    == [True]
 }
 """Tables whose rows are numbered, and the column."""
 

@@ -55,6 +55,16 @@ that was just filled, would collect a whole namespace for its last row."""
 KNOWN_BY = f"CAST(pg_current_xact_id() AS text), {COUNTING_SINCE}"
 """By which a transaction is known afterwards."""
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
+# a queue's table is never as large as its statistics say: a few rows by the index, and not all of them sorted
+IN_ORDER = "set_config('enable_sort', 'off', true) || set_config('enable_bitmapscan', 'off', true)"
+WORKING = 0x6D656D77  # as MIGRATING, of workers
+SHIFT = sa.text(
+    "SELECT n FROM generate_series(1, 9999) n WHERE pg_try_advisory_xact_lock(:class, CAST(n AS integer)) LIMIT 1"
+)
+ON_SHIFT = sa.text(
+    "SELECT CAST(objid AS bigint) FROM pg_locks WHERE locktype = 'advisory' AND classid = :class AND objsubid = 2 "
+    "AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
 log = logging.getLogger(__name__)
@@ -128,6 +138,31 @@ class Postgres:
             except sa.exc.DBAPIError as error:
                 if not (is_lost(error) and self._was_committed(number, counting_since)):
                     raise
+
+    @contextmanager
+    def claiming(self) -> Iterator[sa.Connection]:
+        """One transaction of the queue, over all namespaces, that takes no namespace's lock."""
+        with self._translated(), self._writer.begin() as connection:
+            _name(connection, None, IN_ORDER)
+            yield connection
+
+    @contextmanager
+    def shift(self) -> Iterator[int]:
+        """A number that is this caller's until it leaves or its connection ends.
+
+        A transaction that holds an advisory lock and nothing else: it has no id and no snapshot, so that VACUUM does
+        not wait for it, and a pooler of transactions leaves it its connection.
+        """
+        with self._translated(), self._reader.connect() as connection:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+            number = connection.execute(SHIFT, {"class": WORKING}).scalar_one()
+            # last, as a statement without a snapshot: the server keeps that of the latest until the next one
+            connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+            yield number
+
+    def on_shift(self, connection: sa.Connection, numbers: Collection[int]) -> set[int]:
+        """Those of the numbers whose lock is held."""
+        return set(connection.execute(ON_SHIFT, {"class": WORKING}).scalars()) & set(numbers)
 
     @contextmanager
     def read(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:

@@ -5,7 +5,8 @@ On PostgreSQL every key begins with ``namespace_id``, and the large tables are p
 ``segments``, ``traces``, ``items``, ``tombstones`` and ``namespaces`` are the record, and so are the texts in
 ``item_texts``: which of an item's are searched. ``vectors``, ``lexical``, ``summaries`` and ``pending`` are derived
 from ``segments``, ``activations`` from ``traces``, ``scores`` and ``bank`` from texts and a model, the vectors of
-``item_texts`` from its texts; they can be rebuilt at any time.
+``item_texts`` from its texts; they can be rebuilt at any time. ``workers`` and ``claims`` say who is at work on what,
+and mean nothing where nobody is.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 __all__ = [
     "HEAD",
+    "ITEM_TASK",
     "SUMMARY_TASK",
     "VECTOR_TASK",
     "activations",
     "bank",
+    "claims",
     "item_texts",
     "items",
     "metadata",
@@ -45,9 +49,10 @@ __all__ = [
     "tombstones",
     "traces",
     "vectors",
+    "workers",
 ]
 
-HEAD = "0009"
+HEAD = "0010"
 """The schema revision that this version reads and writes."""
 
 VECTOR_TASK = "vector"
@@ -55,6 +60,9 @@ VECTOR_TASK = "vector"
 
 SUMMARY_TASK = "summary"
 """The pending task of summarising a segment."""
+
+ITEM_TASK = "item"
+"""The task of making the vector of an item's text; ``item_texts`` itself says which are to be made."""
 
 metadata = MetaData()
 
@@ -125,6 +133,26 @@ pending = Table(
     Index("ix_pending_namespace", "namespace_id", "task", "segment_pk"),
 )
 
+workers = Table(
+    "workers",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=False),  # of a lock that it holds while it lives
+    Column("name", Text, nullable=False),
+    Column("started_at", Text, nullable=False),  # ISO 8601, UTC; the other too
+    Column("seen_at", Text, nullable=False),
+    Column("done", Number, nullable=False),
+    Column("per_second", Float, nullable=False),
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    Column("namespace_id", Number, primary_key=True, autoincrement=False),
+    Column("task", Text, primary_key=True),
+    Column("of_pk", Number, primary_key=True, autoincrement=False),  # the segment's; the text's of an item
+    Column("worker", Number, nullable=False),  # a dead one's count for nothing; no key, so that nobody waits for it
+)
+
 summaries = Table(
     "summaries",
     metadata,
@@ -170,6 +198,8 @@ bank = Table(
     Index("ix_bank_namespace", "namespace_id", "seq"),
 )
 
+UNMADE = text("fingerprint IS NULL")
+
 items = Table(
     "items",
     metadata,
@@ -201,6 +231,7 @@ item_texts = Table(
     CheckConstraint("(fingerprint IS NULL) = (vector IS NULL)"),
     Index("ix_item_texts_item", "item_pk"),
     Index("ix_item_texts_pending", "namespace_id", "fingerprint"),
+    Index("ix_item_texts_unmade", "namespace_id", "pk", sqlite_where=UNMADE, postgresql_where=UNMADE),
     sqlite_autoincrement=True,  # a vector that was made for a text that is gone must not land on another
 )
 

@@ -25,6 +25,8 @@ __all__ = ["LEFT", "TABLES", "Key", "Row", "Table", "Total", "delete", "insert",
 LEFT = {
     "store": "a copy is a store of its own, with an id of its own",
     "bank": "keys and values lie in files; they are made anew as segments are used",
+    "workers": "they work on one store",
+    "claims": "they are of workers",
 }
 """Tables whose rows are not another store's, and why."""
 

@@ -169,6 +169,7 @@ VALID = {
     "ingest": {"file": ["t.txt"]}, "summarize": {"file": ["t.txt"]}, "import": {"file": ["ok.jsonl"]},
     "export": {"file": ["out.jsonl"]}, "export-alr2": {"file": ["out.jsonl"]}, "confirm": {"answer": ["--answer", "x"]},
     "forget": {"yes": ["--yes"]}, "migrate": {"source": ["memory.db"], "dest": ["copy.db"]},
+    "worker": {"until_idle": ["--until-idle"], "summaries": ["--no-summaries"]},
 }  # fmt: skip
 BESIDE = {("forget", "query"): ["-k", "1"], ("forget", "k"): ["--query", "cat"]}
 

@@ -117,7 +117,7 @@ def test_a_query_without_where_sees_nothing_of_another_namespace(postgres_server
             assert json.loads(labels) == list(ALICE)
             assert all(set(seen(table)) <= {mine} for table in tables)
             held = {table for table in tables if seen(table)}
-            nothing_there, of_all = {"bank", "pending"}, {"namespaces", "store"}
+            nothing_there, of_all = {"bank", "claims", "pending"}, {"namespaces", "store", "workers"}
             assert {table.name for table in metadata.sorted_tables} - nothing_there - of_all <= held
             assert {"lexical", "postings", "near"} <= held
             assert any(table.startswith("near_") and "_p" in table for table in held)  # a partition by its own name
@@ -163,7 +163,8 @@ def test_every_unique_key_holds_the_namespace_and_a_namespace_lies_in_one_partit
             ).all()
             assert len(keys) > 100
             others = {table for table, made in keys if "(namespace_id" not in made}
-            assert others == {"namespaces", "alembic_version", "store"}  # of which every machine has a copy
+            # of which every machine has a copy
+            assert others == {"namespaces", "alembic_version", "store", "workers"}
             for table in ("segments", "vectors", "lexical", "postings"):
                 where = connection.exec_driver_sql(f"SELECT namespace_id, tableoid::regclass::text FROM {table}").all()
                 assert len({ns for ns, _ in where}) == 40
