@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from memory_os.stores.partitions import is_postgres
-from memory_os.stores.rows import parts
+from memory_os.stores.rows import insert as insert_of
+from memory_os.stores.rows import insert_many, parts
 from memory_os.stores.schema import metadata
 
 __all__ = ["LEFT", "TABLES", "Key", "Row", "Table", "Total", "delete", "insert", "keys", "read", "totals"]
@@ -106,16 +107,17 @@ def insert(connection: sa.Connection, table: Table, rows: Iterable[Row], *, repl
 
     :param replace: also in the place of those with their keys.
     """
-    written = [dict(zip(table.columns, _stored(connection, table, row), strict=True)) for row in rows]
+    written = [_stored(connection, table, row) for row in rows]
     if not written:
         return
-    as_json = {table.columns[n] for n in table.json} if is_postgres(connection) else set()
-    values = ", ".join(f"CAST(:{name} AS json)" if name in as_json else f":{name}" for name in table.columns)
-    query = f"INSERT INTO {table.name} ({', '.join(table.columns)}) VALUES ({values})"
-    if replace:
-        changed = ", ".join(f"{name} = excluded.{name}" for name in table.columns if name not in table.key)
-        query += f" ON CONFLICT ({', '.join(table.key)}) DO UPDATE SET {changed}"
-    connection.execute(sa.text(query), written)
+    into = metadata.tables[table.name]
+    if not replace:
+        insert_many(connection, into, table.columns, written)
+        return
+    new = insert_of(connection, into)
+    changed = {name: new.excluded[name] for name in table.columns if name not in table.key}
+    told = [dict(zip(table.columns, row, strict=True)) for row in written]
+    connection.execute(new.on_conflict_do_update(index_elements=list(table.key), set_=changed), told)
 
 
 def delete(connection: sa.Connection, table: Table, gone: Iterable[Key]) -> None:
