@@ -56,7 +56,7 @@ KNOWN_BY = f"CAST(pg_current_xact_id() AS text), {COUNTING_SINCE}"
 """By which a transaction is known afterwards."""
 MIGRATING = 0x6D656D6F73  # the advisory lock's number: "memos"
 # a queue's table is never as large as its statistics say: a few rows by the index, and not all of them sorted
-IN_ORDER = "set_config('enable_sort', 'off', true) || set_config('enable_bitmapscan', 'off', true)"
+IN_ORDER = ", set_config('enable_sort', 'off', true)"
 WORKING = 0x6D656D77  # as MIGRATING, of workers
 SHIFT = sa.text(
     "SELECT n FROM generate_series(1, 9999) n WHERE pg_try_advisory_xact_lock(:class, CAST(n AS integer)) LIMIT 1"
@@ -143,7 +143,7 @@ class Postgres:
     def claiming(self) -> Iterator[sa.Connection]:
         """One transaction of the queue, over all namespaces, that takes no namespace's lock."""
         with self._translated(), self._writer.begin() as connection:
-            _name(connection, None, IN_ORDER)
+            _name(connection, None, self._habits + IN_ORDER)
             yield connection
 
     @contextmanager
