@@ -5,7 +5,7 @@ The namespace's number is part of every term, so that a search cannot reach anot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import reduce
 from typing import Any
 
@@ -26,6 +26,8 @@ MAX_POSTINGS = 1000
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
 MAX_LEVEL_BYTES = 2000
 """A level takes two bytes."""
+FEW = 400
+"""The terms of fewer rows are read sooner than some hundred terms are looked up."""
 SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
 
 
@@ -94,11 +96,16 @@ def _number(size: bytes) -> int:
     return reduce(lambda number, byte: number << 7 | byte & 0x7F, size, 0)
 
 
-def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
-    """Rows after row ``after`` that hold any of the terms, rising."""
-    any_of = " OR ".join(f'"{ns}_{term}"' for term in terms)
-    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid > ? ORDER BY rowid"
-    return [pk for (pk,) in _fetched(connection, query, (any_of, after))]
+def holding(connection: sa.Connection, ns: int, wanted: Set[str], pks: Sequence[int]) -> set[int]:
+    """Those of the rows, and maybe later ones, that hold any of these terms.
+
+    :param pks: rising; all of the namespace after the first.
+    """
+    if len(pks) < FEW:
+        return {pk for pk, terms in read(connection, ns, pks).items() if not wanted.isdisjoint(terms)}
+    any_of = " OR ".join(f'"{ns}_{term}"' for term in sorted(wanted))
+    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid >= ?"
+    return {pk for (pk,) in _fetched(connection, query, (any_of, pks[0]))}
 
 
 def postings(connection: sa.Connection, ns: int, term: str) -> list[int]:

@@ -595,7 +595,7 @@ class SqliteStore:
                 zip(*rows, strict=True) if rows else [()] * 10
             )
             n_terms = fulltext.lengths(connection, pks)
-            timed = set(fulltext.holding(connection, ns, TIME_TERMS, after))
+            timed = fulltext.holding(connection, ns, TIME_TERMS, pks)
         return Profiles(
             rows=np.array(pks, dtype=np.int64),
             ids=ids,
