@@ -104,8 +104,8 @@ class ExactIndex:
         places = np.empty(0, dtype=np.int64)
         cosines, their_seqs, floor = places.astype(np.float32), places, -np.inf
         if matrix is not None and seqs is not None and n:
-            # beside files rows are compared as they are there, so that equal ones stay equal
-            scores = np.einsum("ij,j->i", matrix, vector) if files else matrix @ vector
+            # not "@": its last bit depends on where a row stands, and its threads wait for each other
+            scores = np.einsum("ij,j->i", matrix, vector)
             places, cosines = _near(scores, seqs, k, upto)
             their_seqs = seqs[places]
             floor = float(cosines.min()) if len(places) >= k else floor
@@ -148,7 +148,7 @@ class ExactIndex:
             source = files[number - 1].vectors if number else matrix
             assert source is not None
             gathered[here] = source[places[here]]
-        cosines[having] = np.einsum("ij,j->i", gathered, vector)  # not "@": its threads wait for each other
+        cosines[having] = np.einsum("ij,j->i", gathered, vector)
         return cosines
 
     def ids(self, namespace: Namespace) -> set[str]:

@@ -91,11 +91,11 @@ def _read_number(size: bytes) -> int:
     return reduce(lambda number, byte: number << 7 | byte & 0x7F, size, 0)
 
 
-def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
-    """Rows after row ``after`` that hold any of the terms, rising."""
-    any_of = " OR ".join(f'"{ns}_{term}"' for term in terms)
-    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid > ? ORDER BY rowid"
-    return [pk for (pk,) in _fetched(connection, query, (any_of, after))]
+def holding(connection: sa.Connection, ns: int, terms: Iterable[str], first: int) -> set[int]:
+    """Rows from row ``first`` on that hold any of the terms."""
+    any_of = " OR ".join(f'"{ns}_{term}"' for term in sorted(terms))
+    query = "SELECT rowid FROM lexical WHERE lexical MATCH ? AND rowid >= ?"
+    return {pk for (pk,) in _fetched(connection, query, (any_of, first))}
 
 
 def places(connection: sa.Connection, ns: int, term: str) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ How entries are kept is the database's: see ``fts5`` and ``postings``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ MAX_POSTINGS = 1000
 """A term's matches are read newest first up to this many: in namespaces where more segments hold the term, it can
 still lift the newest ones, while rarer terms decide. It bounds the time of a search."""
 NO_BOUND = 2**62
+FEW = 400
+"""The terms of fewer rows are read sooner than some hundred terms are looked up."""
 SHORTLIST = 2  # exact BM25 is computed for this many times k segments, chosen by the sum of their terms' idf
 
 
@@ -70,9 +72,14 @@ def lengths(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int,
     return found
 
 
-def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
-    """Rows after row ``after`` that hold any of the terms, rising."""
-    rows: list[int] = _entries(connection).holding(connection, ns, terms, after)
+def holding(connection: sa.Connection, ns: int, wanted: Set[str], pks: Sequence[int]) -> set[int]:
+    """Those of the rows, and maybe later ones, that hold any of these terms.
+
+    :param pks: rising; all of the namespace after the first.
+    """
+    if len(pks) < FEW:
+        return {pk for pk, terms in read(connection, ns, pks).items() if not wanted.isdisjoint(terms)}
+    rows: set[int] = _entries(connection).holding(connection, ns, wanted, pks[0])
     return rows
 
 

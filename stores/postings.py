@@ -58,8 +58,8 @@ LENGTHS = sa.text(
     "WHERE namespace_id = :ns AND segment_pk = ANY(CAST(:pks AS bigint[]))"
 )
 HOLDING = sa.text(
-    "SELECT DISTINCT segment_pk FROM postings WHERE namespace_id = :ns AND term = ANY(CAST(:terms AS bigint[])) "
-    "AND segment_pk > :after ORDER BY segment_pk"
+    "SELECT segment_pk FROM postings WHERE namespace_id = :ns AND term = ANY(CAST(:terms AS bigint[])) "
+    "AND segment_pk >= :first"
 )
 # as the bytes of an array: a row and a value for each would take ten times as long
 PLACES = sa.text(
@@ -112,10 +112,10 @@ def lengths(connection: sa.Connection, ns: int, pks: Sequence[int]) -> dict[int,
     return found
 
 
-def holding(connection: sa.Connection, ns: int, terms: Iterable[str], after: int) -> list[int]:
-    """Rows after row ``after`` that hold any of the terms, rising."""
-    told = {"ns": ns, "terms": list(_numbers(ns, terms)), "after": after}
-    return list(connection.execute(HOLDING, told).scalars())
+def holding(connection: sa.Connection, ns: int, terms: Iterable[str], first: int) -> set[int]:
+    """Rows from row ``first`` on that hold any of the terms."""
+    told = {"ns": ns, "terms": list(_numbers(ns, terms)), "first": first}
+    return set(connection.execute(HOLDING, told).scalars())
 
 
 def places(connection: sa.Connection, ns: int, term: str) -> NDArray[np.int64]:

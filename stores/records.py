@@ -591,7 +591,7 @@ class Records:
                 zip(*rows, strict=True) if rows else [()] * 10
             )
             n_terms = fulltext.lengths(connection, ns, pks)
-            timed = set(fulltext.holding(connection, ns, TIME_TERMS, after))
+            timed = fulltext.holding(connection, ns, TIME_TERMS, pks)
         return Profiles(
             rows=np.array(pks, dtype=np.int64),
             ids=ids,

@@ -365,14 +365,16 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
         store.close()
 
 
-def test_what_recall_is_told_of_segments_is_what_their_terms_say(store):
+@pytest.mark.parametrize("few", [1, 400])
+def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypatch, few):
+    monkeypatch.setattr(fulltext, "FEW", few)
     texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?"]
     store.append(("other",), [NewSegment(text, "s") for text in texts])
     stored = store.append(ALICE, [NewSegment(text, "s") for text in texts])
     store.delete({ALICE: [stored[0].id]})
     store.append(ALICE, [NewSegment("the kite " * 70, "s")])
     terms = {segment.seq: terms_of(segment.text) for segment in store.scan(ALICE)}
-    for after in (0, 4):
+    for after in (0, 4, 7):
         told = store.read_profiles(ALICE, int(store.read_profiles(ALICE).rows[after - 1]) if after else 0)
         assert list(told.seqs) == list(terms)[after:]
         assert told.n_terms == [len(terms[seq]) for seq in told.seqs]
