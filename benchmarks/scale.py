@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memory_os.benchmarks.scale_peers import PEERS, SYSTEMS, System
+from memory_os.benchmarks.scale_peers import ON_SERVER, PEERS, SYSTEMS, System
 from memory_os.errors import UnknownNameError
 
 __all__ = ["exponent", "measure", "missing"]
@@ -60,6 +60,7 @@ def measure(
     questions: int = 200,
     limit_s: float = 600.0,
     folder: Path | None = None,
+    postgres: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """All of it, ready for JSON.
@@ -68,9 +69,10 @@ def measure(
     :param namespaces: so many of ``per_namespace`` segments each, ours only; 0 for none.
     :param limit_s: a peer that needs longer for a size is stopped, and not asked for larger ones. We are not stopped.
     :param folder: where the databases lie while they are measured; a temporary one.
+    :param postgres: the URL of a PostgreSQL database made for this: we are measured there too, under the same limit.
     """
     left_out = missing(peers)
-    there = [name for name in peers if name not in left_out]
+    there = [*(ON_SERVER if postgres else ()), *(name for name in peers if name not in left_out)]
     jobs = [(name, size, 1) for size in sorted(sizes) for name in (OURS, *there)]
     if namespaces:
         jobs.append((OURS, namespaces * per_namespace, namespaces))
@@ -85,6 +87,7 @@ def measure(
         if name in stopped:
             continue
         job = {"system": name, "size": size, "namespaces": n_namespaces, "seed": seed, "questions": questions}
+        job |= {"url": postgres} if name in ON_SERVER else {}
         figures = _measured(job, None if name == OURS else limit_s, folder)
         if "stopped" in figures:
             stopped.add(name)
@@ -144,9 +147,9 @@ def _in_a_process(job: Mapping[str, Any], limit_s: float | None) -> dict[str, An
 def work() -> None:
     """Do the step that the command line describes, and print its figures as JSON."""
     job = json.loads(sys.argv[1])
-    if job["system"] != OURS:
+    if job["system"] in PEERS:
         _bound_memory()
-    system = SYSTEMS[job["system"]](Path(job["folder"]))
+    system = SYSTEMS[job["system"]](Path(job["folder"]), job.get("url", ""))
     figures = _stored(system, job) if job["step"] == "store" else _opened(system, job)
     print(json.dumps(figures))
 
@@ -197,12 +200,10 @@ def _stored(system: System, job: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not system.persistent:
         figures |= _asked(system, data, job) | _memory(before)
+        figures["bytes_per_segment"] = round(figures["resident_grown_bytes"] / size)
     system.close()
     if system.persistent:
-        files = [path for path in Path(job["folder"]).rglob("*") if path.is_file()]
-        figures["bytes_per_segment"] = round(sum(path.stat().st_size for path in files) / size)
-    else:
-        figures["bytes_per_segment"] = round(figures["resident_grown_bytes"] / size)
+        figures["bytes_per_segment"] = round(system.bytes_on_disk() / size)
     return figures
 
 

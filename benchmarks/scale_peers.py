@@ -18,21 +18,22 @@ from memory_os.benchmarks.scale_data import LookUp
 if TYPE_CHECKING:
     from memory_os.protocols import Matrix
 
-__all__ = ["PEERS", "SYSTEMS", "System"]
+__all__ = ["ON_SERVER", "PEERS", "SYSTEMS", "System"]
 
 
 class System:
     """What stores texts by namespace and finds them again.
 
-    :param folder: where it may keep files.
+    :param folder: where it may keep files; its name is this run's alone.
+    :param url: of a database server, for a system that needs one.
     """
 
     persistent: ClassVar[bool] = True
     package: ClassVar[str] = ""
     modules: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, url: str = "") -> None:
+        self.folder, self.url = folder, url
         self.encoder = LookUp()
         self.context: Callable[[str, str], object] | None = None
         self.nearest: Callable[[str, str, int], list[float]] | None = None
@@ -58,6 +59,10 @@ class System:
     def settle(self, names: Sequence[str]) -> None:
         """Do now what the first search would do."""
 
+    def bytes_on_disk(self) -> int:
+        """What it keeps, in bytes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def close(self) -> None:
         """Let go of everything."""
 
@@ -69,12 +74,21 @@ class MemoryOS(System):
         """Open the database."""
         from memory_os import Memory
 
-        self._memory = Memory.open(self.folder / "memory.db", embedder=self.encoder)
+        self._memory = Memory.open(self._place(), embedder=self.encoder, vectors=self._vectors)
         self._n = 0
-        self.context = lambda name, query: self._memory.namespace(name).context(query, budget=1024)
+        self.context = lambda name, query: self._memory.namespace(*self._labels(name)).context(query, budget=1024)
         self.nearest = lambda name, query, k: [
-            cosine for _, cosine in self._memory.parts.index.search((name,), self.encoder.embed_query(query), k)
+            cosine
+            for _, cosine in self._memory.parts.index.search(self._labels(name), self.encoder.embed_query(query), k)
         ]
+
+    _vectors = "exact"
+
+    def _place(self) -> Path | str:
+        return self.folder / "memory.db"
+
+    def _labels(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def add(self, name: str, texts: list[str], vectors: Matrix) -> dict[str, float]:
         """Two durable steps: the records with their lexical entries, and their vectors."""
@@ -83,24 +97,51 @@ class MemoryOS(System):
         new = [NewSegment(text, f"s{(self._n + i) // 20}") for i, text in enumerate(texts)]
         self._n += len(new)
         start = time.perf_counter()
-        stored = self._memory.namespace(name).add_many(new, embed=False)
+        stored = self._memory.namespace(*self._labels(name)).add_many(new, embed=False)
         between = time.perf_counter()
         fingerprint = self.encoder.fingerprint
-        self._memory.parts.store.put_vectors((name,), fingerprint, [segment.id for segment in stored], vectors)
+        ids = [segment.id for segment in stored]
+        self._memory.parts.store.put_vectors(self._labels(name), fingerprint, ids, vectors)
         return {"records": between - start, "vectors": time.perf_counter() - between}
 
     def search(self, name: str, query: str, k: int) -> Sequence[object]:
         """``Scope.search``."""
-        return self._memory.namespace(name).search(query, k=k)
+        return self._memory.namespace(*self._labels(name)).search(query, k=k)
 
     def settle(self, names: Sequence[str]) -> None:
         """Write the files of vectors."""
         for name in names:
-            self._memory.parts.index.sync((name,))
+            self._memory.parts.index.sync(self._labels(name))
 
     def close(self) -> None:
         """Close the memory."""
         self._memory.close()
+
+
+class OnPostgres(MemoryOS):
+    """Ours, in a PostgreSQL database: each run in namespaces of its own, which stay there."""
+
+    def open(self) -> None:
+        """Open the database."""
+        super().open()
+        self._before = self._memory.parts.store.database.size_bytes()
+
+    def _place(self) -> Path | str:
+        return self.url
+
+    def _labels(self, name: str) -> tuple[str, ...]:
+        return (self.folder.name, name)
+
+    def bytes_on_disk(self) -> int:
+        """By how much the database has grown."""
+        size: int = self._memory.parts.store.database.size_bytes()
+        return size - self._before
+
+
+class OnPgvector(OnPostgres):
+    """The same, searched by pgvector."""
+
+    _vectors = "pgvector"
 
 
 class Chroma(System):
@@ -267,4 +308,5 @@ def _index(encoder: LookUp) -> Any:
 PEERS: dict[str, type[System]] = {
     "chroma": Chroma, "langgraph-memory": InMemory, "langgraph-sqlite": Sqlite, "mem0": Mem0,
 }  # fmt: skip
-SYSTEMS: dict[str, type[System]] = {"memory_os": MemoryOS, **PEERS}
+ON_SERVER: dict[str, type[System]] = {"memory_os on PostgreSQL": OnPostgres, "memory_os on pgvector": OnPgvector}
+SYSTEMS: dict[str, type[System]] = {"memory_os": MemoryOS, **ON_SERVER, **PEERS}
