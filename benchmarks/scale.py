@@ -26,6 +26,8 @@ from memory_os.errors import UnknownNameError
 __all__ = ["exponent", "measure", "missing"]
 
 OURS = "memory_os"
+URL = "MEMOS_SCALE_URL"
+"""By which variable a process is told of the server."""
 K = 10
 WARM_UP = 5
 BUDGET = 1024
@@ -87,8 +89,7 @@ def measure(
         if name in stopped:
             continue
         job = {"system": name, "size": size, "namespaces": n_namespaces, "seed": seed, "questions": questions}
-        job |= {"url": postgres} if name in ON_SERVER else {}
-        figures = _measured(job, None if name == OURS else limit_s, folder)
+        figures = _measured(job, None if name == OURS else limit_s, folder, postgres if name in ON_SERVER else None)
         if "stopped" in figures:
             stopped.add(name)
         if n_namespaces > 1:
@@ -106,17 +107,19 @@ def _machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measured(job: Mapping[str, Any], limit_s: float | None, folder: Path | None) -> dict[str, Any]:
+def _measured(
+    job: Mapping[str, Any], limit_s: float | None, folder: Path | None, url: str | None = None
+) -> dict[str, Any]:
     """Both processes of one system at one size."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         told = {**job, "folder": place}
         start = time.monotonic()
         figures: dict[str, Any] = {}
         try:
-            figures = _in_a_process({**told, "step": "store"}, limit_s)
+            figures = _in_a_process({**told, "step": "store"}, limit_s, url)
             if SYSTEMS[job["system"]].persistent:
                 left = None if limit_s is None else max(limit_s - (time.monotonic() - start), 1.0)
-                figures |= _in_a_process({**told, "step": "open"}, left)
+                figures |= _in_a_process({**told, "step": "open"}, left, url)
         except subprocess.TimeoutExpired as error:
             lines = (error.stdout or b"").splitlines()
             stored = job["size"] if figures else json.loads(lines[-1])["stored"] if lines else 0
@@ -128,7 +131,7 @@ def _measured(job: Mapping[str, Any], limit_s: float | None, folder: Path | None
     return figures
 
 
-def _in_a_process(job: Mapping[str, Any], limit_s: float | None) -> dict[str, Any]:
+def _in_a_process(job: Mapping[str, Any], limit_s: float | None, url: str | None) -> dict[str, Any]:
     command = [
         sys.executable,
         "-P",
@@ -136,7 +139,8 @@ def _in_a_process(job: Mapping[str, Any], limit_s: float | None) -> dict[str, An
         f"from {__name__} import work; work()",
         json.dumps({**job, "at": time.time()}),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=limit_s)
+    env = {**os.environ, URL: url or ""}  # a command line is everybody's to read, and the URL holds a password
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=limit_s, env=env)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
 
@@ -149,7 +153,7 @@ def work() -> None:
     job = json.loads(sys.argv[1])
     if job["system"] in PEERS:
         _bound_memory()
-    system = SYSTEMS[job["system"]](Path(job["folder"]), job.get("url", ""))
+    system = SYSTEMS[job["system"]](Path(job["folder"]), os.environ[URL])
     figures = _stored(system, job) if job["step"] == "store" else _opened(system, job)
     print(json.dumps(figures))
 
@@ -201,8 +205,10 @@ def _stored(system: System, job: Mapping[str, Any]) -> dict[str, Any]:
     if not system.persistent:
         figures |= _asked(system, data, job) | _memory(before)
         figures["bytes_per_segment"] = round(figures["resident_grown_bytes"] / size)
+    if job["system"] in ON_SERVER:
+        figures["bytes_per_segment"] = round(system.bytes_on_disk() / size)
     system.close()
-    if system.persistent:
+    if "bytes_per_segment" not in figures:  # of files, once they are closed
         figures["bytes_per_segment"] = round(system.bytes_on_disk() / size)
     return figures
 

@@ -124,7 +124,7 @@ class OnPostgres(MemoryOS):
     def open(self) -> None:
         """Open the database."""
         super().open()
-        self._before = self._memory.parts.store.database.size_bytes()
+        self._before = self._size()
 
     def _place(self) -> Path | str:
         return self.url
@@ -133,9 +133,12 @@ class OnPostgres(MemoryOS):
         return (self.folder.name, name)
 
     def bytes_on_disk(self) -> int:
-        """By how much the database has grown."""
-        size: int = self._memory.parts.store.database.size_bytes()
-        return size - self._before
+        """By how much the database grew since it was opened."""
+        return self._size() - self._before
+
+    def _size(self) -> int:
+        store: Any = self._memory.parts.store
+        return int(store.database.size_bytes())
 
 
 class OnPgvector(OnPostgres):

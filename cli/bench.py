@@ -436,6 +436,10 @@ def scale(
     folder: Annotated[
         Path | None, typer.Option("--folder", help="Where the databases lie meanwhile; 1M segments take 5 GB.")
     ] = None,
+    postgres: Annotated[
+        str | None,
+        typer.Option("--postgres", help="The URL of a PostgreSQL database made for this: ours is measured there too."),
+    ] = None,
     json: Json = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="The plot's file; bench-scale.png, and none with --json.")
@@ -461,7 +465,7 @@ def scale(
     with progress() as show:
         report = benchmark.measure(
             sizes=lengths, peers=names, namespaces=namespaces, seed=seed, questions=questions, limit_s=limit,
-            folder=folder, progress=show,
+            folder=folder, postgres=postgres, progress=show,
         )  # fmt: skip
     if json:
         render.print_json(report)

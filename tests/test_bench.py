@@ -342,6 +342,17 @@ def test_scale_stops_a_peer_that_takes_too_long_and_refuses_one_that_it_does_not
 
 
 @pytest.mark.slow
+def test_scale_measures_ours_on_a_server_too_and_shows_no_password(postgres_server):
+    url = postgres_server.url(postgres_server.new())
+    report = scale.measure(sizes=[300], peers=[], namespaces=0, questions=3, postgres=url)
+    assert list(report["systems"]) == ["memory_os", "memory_os on PostgreSQL", "memory_os on pgvector"]
+    for each in report["systems"].values():
+        assert each["300"]["recall"] == 1.0
+        assert min(each["300"]["search_p95_ms"], each["300"]["bytes_per_segment"]) > 0
+    assert "p%25w" not in json.dumps(report)
+
+
+@pytest.mark.slow
 def test_a_peer_that_is_stopped_says_how_much_it_had_stored():
     figures = scale._measured(
         {"system": "langgraph-memory", "size": 10**7, "namespaces": 1, "seed": 0, "questions": 1}, 8, None
@@ -355,7 +366,7 @@ class Slow:
     def __init__(self):
         self.limits = set()
 
-    def __call__(self, job, limit_s):
+    def __call__(self, job, limit_s, url):
         self.limits.add(limit_s)
         if limit_s:
             raise subprocess.TimeoutExpired("work", limit_s, output=b'{"stored": 3}\n{"stored": 7}\n')
