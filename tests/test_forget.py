@@ -324,7 +324,7 @@ def test_after_a_thousand_forgettings_the_word_index_still_takes_one(tmp_path):
         for n in range(1050):
             with memory.parts.store.database.write() as connection:
                 fulltext.add(connection, [(10**9 + n, 1, ["passing"])])
-                fulltext.remove(connection, [10**9 + n])
+                fulltext.remove(connection, 1, [10**9 + n])
                 fulltext.compact(connection)
         scope.add("a red boat")
         assert scope.forget(1)["segments"] == 1
