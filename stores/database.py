@@ -71,6 +71,8 @@ class Database:
             f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1, hide_parameters=True
         )
         event.listen(self.engine, "connect", _on_connect)
+        if opening is not Opening.READ:  # what is there may be anything, and stays as it is
+            event.listen(self.engine, "connect", _keep_log)
         event.listen(self.engine, "begin", _on_begin)
         self._connections: set[int] = set()
         event.listen(self.engine, "connect", lambda connection, _: self._connections.add(id(connection)))
@@ -341,6 +343,10 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself; _on_begin does
     for pragma in ("foreign_keys = ON", "synchronous = FULL", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
+
+
+def _keep_log(connection: sqlite3.Connection, _: object) -> None:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.OperationalError as error:
@@ -348,7 +354,6 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
             _turn_to_log(connection)
         elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
-    connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
 
 
 def _turn_to_log(connection: sqlite3.Connection) -> None:
