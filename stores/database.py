@@ -70,9 +70,8 @@ class Database:
         self.engine = sa.create_engine(
             f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1, hide_parameters=True
         )
-        event.listen(self.engine, "connect", _on_connect)
-        if opening is not Opening.READ:  # what is there may be anything, and stays as it is
-            event.listen(self.engine, "connect", _keep_log)
+        # what is only read may be anything, and stays as it is
+        event.listen(self.engine, "connect", _set_up if opening is Opening.READ else _on_connect)
         event.listen(self.engine, "begin", _on_begin)
         self._connections: set[int] = set()
         event.listen(self.engine, "connect", lambda connection, _: self._connections.add(id(connection)))
@@ -339,14 +338,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
-def _on_connect(connection: sqlite3.Connection, _: object) -> None:
+def _set_up(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself; _on_begin does
     for pragma in ("foreign_keys = ON", "synchronous = FULL", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
 
 
-def _keep_log(connection: sqlite3.Connection, _: object) -> None:
+def _on_connect(connection: sqlite3.Connection, record: object) -> None:
+    _set_up(connection, record)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.OperationalError as error:

@@ -395,7 +395,7 @@ def test_a_memory_of_an_older_schema_is_no_place_for_others_and_not_upgraded(fil
         raw.executescript(OLD.read_text())
         raw.execute("PRAGMA journal_mode = WAL")  # as every memory is
     before = files_in(tmp_path)
-    with pytest.raises(StoreError, match="schema revision 0008.*empty or not there yet"):
+    with pytest.raises(StoreError, match=r"schema revision 0008.*empty or not there yet"):
         migrate(filled("sqlite"), old)
     assert files_in(tmp_path) == before
 
