@@ -368,7 +368,7 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
 @pytest.mark.parametrize("few", [1, 400])
 def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypatch, few):
     monkeypatch.setattr(fulltext, "FEW", few)
-    texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?"]
+    texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?", "f" * 40_000]
     store.append(("other",), [NewSegment(text, "s") for text in texts])
     stored = store.append(ALICE, [NewSegment(text, "s") for text in texts])
     store.delete({ALICE: [stored[0].id]})
@@ -381,7 +381,7 @@ def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypa
         assert told.timed == [not TIME_TERMS.isdisjoint(terms[seq]) for seq in told.seqs]
         assert list(told.asks) == [store.find(ALICE, seq).text.rstrip().endswith("?") for seq in told.seqs]
     seq_of = dict(zip(store.read_profiles(ALICE).rows.tolist(), terms, strict=True))
-    wanted = ["kite", "word", "京", "unheard"]
+    wanted = ["kite", "word", "京", "unheard", "f" * 40_000]
     found = store.postings(ALICE, wanted)
     assert {term: [seq_of[row] for row in rows.tolist()] for term, rows in found.items()} == {
         term: [seq for seq, those in terms.items() for each in those if each == term] for term in wanted
