@@ -331,8 +331,8 @@ def migrate(
     :param progress: called with ``(what is done, so much of it, of so much)``.
     :raises ConfigError: for an index that is not known, is not one of such a database, or is asked for with
         ``verify_only``; for a source that is ``dest`` too, where no index is asked for.
-    :raises StoreError: if the source is not there, if it holds what DEST cannot, if DEST holds anything else, or if they
-        differ in the end. What was copied stays for the next call.
+    :raises StoreError: if the source is not there, if it holds what DEST cannot, if DEST holds anything else, or if
+        they differ in the end. What was copied stays for the next call.
     """
     here, there = database_address(source), database_address(dest)
     if vectors is not None:

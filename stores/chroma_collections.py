@@ -78,7 +78,8 @@ class Collections:
         if not n:
             return []
         found = self._found(collection, namespace, vector, min(n, k + SPARE), upto)
-        if upto is not None and len(found) < k and k + SPARE < n:  # what comes after upto took their places: a filter is slow, and sure
+        if upto is not None and len(found) < k and k + SPARE < n:
+            # what comes after upto took their places: a filter is slow, and sure
             found = self._found(collection, namespace, vector, min(n, k + SPARE), upto, {"seq": {"$lte": upto}})
         return found[:k]
 

@@ -368,7 +368,8 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
 @pytest.mark.parametrize("few", [1, 400])
 def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypatch, few):
     monkeypatch.setattr(fulltext, "FEW", few)
-    texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?", "f" * 40_000]
+    texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?"]
+    texts.append("f" * 40_000)  # FTS5 cuts it
     store.append(("other",), [NewSegment(text, "s") for text in texts])
     stored = store.append(ALICE, [NewSegment(text, "s") for text in texts])
     store.delete({ALICE: [stored[0].id]})
