@@ -128,6 +128,16 @@ def test_what_comes_after_upto_takes_nobodys_place(store, make_index):
     assert [id_ for id_, _ in found] == [ids[i] for i in np.argsort(-(far @ query), kind="stable")[:5]]
 
 
+def test_a_folder_of_another_store_that_was_here_is_brought_to_this_one(tmp_path):
+    for name in ("before.db", "after.db"):
+        rows = unit(np.random.default_rng(len(name)), 40)
+        with closing(Records(open_database(tmp_path / name), count_tokens=len)) as store:
+            ids = add(store, ALICE, rows)
+            with closing(ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")) as index:
+                assert index.search(ALICE, rows[7], 5)[0][0] == ids[7]
+                assert index.ids(ALICE) == set(ids)
+
+
 def test_a_collection_that_finds_too_few_is_asked_no_other_way_without_a_bound(tmp_path, monkeypatch):
     rows = unit(np.random.default_rng(1), 80)
     with closing(Records(open_database(tmp_path / "memory.db"), count_tokens=len)) as store:
