@@ -1,7 +1,8 @@
 """Chroma's collections, kept equal to the vector rows: one a namespace and embedder, embedded or on a server.
 
 The rows are the outbox. A collection's metadata says up to where they are delivered: ``epoch``, which changes when rows
-went away, ``last``, the last row, and ``store``, whose they are. Any number of processes may deliver at once, and any of them may be late:
+went away, ``last``, the last row, and ``store``, whose they are. Any number of processes may deliver at once, and any
+of them may be late:
 
 - A vector never changes under its id, so delivering twice, or in any order, comes to the same.
 - What is held is listed *before* the rows are read. So what is held and is no row was deleted: nobody takes out what

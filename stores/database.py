@@ -110,6 +110,11 @@ class Database:
         try:
             yield
         except sa.exc.DBAPIError as error:
+            if self._opening is Opening.READ and _is_denied(str(error.orig)):
+                raise StoreError(
+                    f"{self.path} cannot be read where it is ({error.orig}), as SQLite keeps files beside what it "
+                    "reads; copy it, with its -wal if it has one, into a folder that can be written, and name the copy"
+                ) from error
             raise StoreError(_problem(self.path, error.orig)) from error
 
     @contextmanager
@@ -378,11 +383,15 @@ def _on_begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
+def _is_denied(problem: str) -> bool:
+    return "readonly" in problem or "unable to open" in problem
+
+
 def _problem(path: Path, error: BaseException | None) -> str:
     text = str(error)
     if "disk is full" in text or "disk full" in text:
         return f"{path}: the disk is full; nothing was changed. Free some space and try again"
-    if "readonly" in text or "unable to open" in text:
+    if _is_denied(text):
         return f"{path} cannot be written ({text}); check the permissions of the file and of its folder"
     if "disk I/O" in text:
         return f"{path}: the disk failed ({text}); nothing was changed. See whether it is full or broken, and try again"

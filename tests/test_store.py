@@ -23,6 +23,7 @@ from memory_os.errors import SchemaError, StoreError
 from memory_os.lexical import TIME_TERMS, query_terms, stem, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import records as records_module
+from memory_os.stores.backend import Opening
 from memory_os.stores.database import Database, _on_connect
 from memory_os.stores.records import Records
 from memory_os.stores.schema import metadata
@@ -311,6 +312,17 @@ def test_a_read_only_folder_is_one_clear_error(in_a_file, exists):
     with as_an_ordinary_user(), pytest.raises(StoreError, match=r"cannot be written.*check the permissions"):
         Records(Database(path), count_tokens=count).append(ALICE, turns("more"))
     assert sorted(file.name for file in folder.iterdir()) == before
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_sqlite_cannot_read_where_it_lies_is_told_to_be_copied():
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "memory.db"
+    Records(Database(path), count_tokens=count).close()
+    folder.chmod(0o555)
+    with as_an_ordinary_user(), pytest.raises(StoreError, match=r"cannot be read where it is.*name the copy"):
+        Database(path, Opening.READ)
     folder.chmod(0o755)
     shutil.rmtree(folder)
 
