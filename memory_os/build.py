@@ -329,23 +329,27 @@ def migrate(
     :param vectors: make this index of the copy at once, and see that it holds every vector: as for ``Memory.open``.
     :param verify_only: compare, and write nothing; what differs stands in the result.
     :param progress: called with ``(what is done, so much of it, of so much)``.
-    :raises ConfigError: for an index that is not known, or is not one of such a database.
-    :raises StoreError: if the source holds what DEST cannot, if DEST holds anything else, or if they differ in the
-        end. What was copied stays for the next call.
+    :raises ConfigError: for an index that is not known, is not one of such a database, or is asked for with
+        ``verify_only``; for a source that is ``dest`` too, where no index is asked for.
+    :raises StoreError: if the source is not there, if it holds what DEST cannot, if DEST holds anything else, or if
+        they differ in the end. What was copied stays for the next call.
     """
     here, there = database_address(source), database_address(dest)
     if vectors is not None:
+        if verify_only:
+            raise ConfigError("--verify-only writes nothing, and so makes no index; leave out --vectors, or run both")
         _check_vectors(vectors, there)
-    if here == there and (vectors is None or verify_only):
-        raise ConfigError(f"{here} is SOURCE and DEST; name another, or the index that is to be made of it: --vectors")
+    same = _is_same(here, there)
+    if same and vectors is None:
+        raise ConfigError(f"{there} is SOURCE and DEST; name another, or the index that is to be made of it: --vectors")
 
     from memory_os.stores.backend import Opening
     from memory_os.stores.copying import Copy, compare, count_left
     from memory_os.stores.portable import check_portable
 
-    if here == there and vectors is not None:
-        with closing(open_database(here)) as store:
-            return Migration(store.place, store.place, index=_make_index(store, here, vectors, progress))
+    if same and vectors is not None:
+        with closing(open_database(there, Opening.READ)) as store:  # it has to be there
+            return Migration(store.place, store.place, index=_make_index(store, there, vectors, progress))
     with closing(open_database(here, Opening.READ)) as ours, ours.snapshot():
         if verify_only:
             with closing(open_database(there, Opening.READ)) as theirs:
@@ -360,6 +364,13 @@ def migrate(
             n_vectors = None if vectors is None else _make_index(theirs, there, vectors, progress)
             copy.finish()
             return Migration(ours.place, theirs.place, tables, left=count_left(ours), index=n_vectors)
+
+
+def _is_same(here: Path | DatabaseUrl, there: Path | DatabaseUrl) -> bool:
+    """Whether both name one database, as far as that can be told: a file may have other names, and links to it."""
+    if isinstance(here, Path) and isinstance(there, Path) and here.exists() and there.exists():
+        return here.samefile(there)
+    return here == there
 
 
 def _make_index(

@@ -177,6 +177,9 @@ class Corpus:
     def _add_tokens(self, found: Sequence[tuple[int, bytes]]) -> None:
         import numpy as np
 
+        # without those of segments that another process has added since the rows were read
+        last = int(self.rows["seq"][-1]) if self.ids else 0
+        found = [(seq, blob) for seq, blob in found if seq <= last]
         if not found:
             return
         rows = np.searchsorted(self.rows["seq"], [seq for seq, _ in found])

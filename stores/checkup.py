@@ -162,9 +162,10 @@ def mend(database: Backend, found: Mapping[str, Sequence[str]], fingerprint: str
             )
         if faults["lexical_index"]:
             fulltext.rewrite(connection)
-        if faults["orphan_vectors"]:
+        words = any(faults[kind] for kind in ("orphan_lexical", "missing_lexical", "lexical_index"))
+        if faults["orphan_vectors"] or words:  # what others keep in memory of either is to be read anew
             connection.execute(namespaces.update().values(epoch=namespaces.c.epoch + 1))
-        if any(faults[kind] for kind in ("orphan_lexical", "missing_lexical", "lexical_index")):
+        if words:
             fulltext.recount(connection)
 
 

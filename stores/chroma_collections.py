@@ -1,7 +1,8 @@
 """Chroma's collections, kept equal to the vector rows: one a namespace and embedder, embedded or on a server.
 
 The rows are the outbox. A collection's metadata says up to where they are delivered: ``epoch``, which changes when rows
-went away, and ``last``, the last row. Any number of processes may deliver at once, and any of them may be late:
+went away, ``last``, the last row, and ``store``, whose they are. Any number of processes may deliver at once, and any
+of them may be late:
 
 - A vector never changes under its id, so delivering twice, or in any order, comes to the same.
 - What is held is listed *before* the rows are read. So what is held and is no row was deleted: nobody takes out what
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memory_os.errors import StoreError
@@ -78,7 +79,8 @@ class Collections:
         if not n:
             return []
         found = self._found(collection, namespace, vector, min(n, k + SPARE), upto)
-        if len(found) < k and k + SPARE < n:  # what comes after upto took their places: a filter is slow, and sure
+        if upto is not None and len(found) < k and k + SPARE < n:
+            # what comes after upto took their places: a filter is slow, and sure
             found = self._found(collection, namespace, vector, min(n, k + SPARE), upto, {"seq": {"$lte": upto}})
         return found[:k]
 
@@ -108,7 +110,7 @@ class Collections:
         state = (collection and collection.metadata) or {}
         ids, _, rows, last = self._source.read_vectors(namespace, self._fingerprint)
         epoch, _ = self._source.vector_epoch(namespace, self._fingerprint)
-        claimed = state.get("epoch") == epoch and 0 <= state.get("last", -1) <= last
+        claimed = self._is_claimed(state, epoch, last)
         later = self._source.read_vectors(namespace, self._fingerprint, state["last"])[0] if claimed else ids
         undelivered = set(later) - held.keys()
         wrong = [id_ for id_, row in zip(ids, rows, strict=True) if held.get(id_) not in (None, _sum(row))]
@@ -177,7 +179,7 @@ class Collections:
         self, namespace: Namespace, collection: Any, standing: Standing, *, whole: bool, most: int | None
     ) -> None:
         state = collection.metadata or {}
-        whole = whole or state.get("epoch") != standing.epoch or not 0 <= state.get("last", -1) <= standing.last
+        whole = whole or not self._is_claimed(state, standing.epoch, standing.last)
         if not whole and state["last"] == standing.last:
             return
         if most is not None and (standing.n if whole else standing.n - collection.count()) > most:
@@ -194,7 +196,14 @@ class Collections:
         new = [i for i, id_ in enumerate(ids) if id_ not in held or held[id_] != sums[i]]
         self._send(collection, [ids[i] for i in new], [seqs[i] for i in new], rows[new])
         # last of all: an interrupted delivery is simply repeated
-        collection.modify(metadata={"epoch": standing.epoch, "last": last, "of": self._of(namespace)})
+        about = {"epoch": standing.epoch, "last": last, "of": self._of(namespace), "store": self._source.id}
+        collection.modify(metadata=about)
+
+    def _is_claimed(self, state: Mapping[str, Any], epoch: int, last: int) -> bool:
+        """Whether a collection says that it holds this store's rows up to one of those that there are."""
+        # in a folder another store may have been; on a server the names are the store's own
+        own = self._owner or state.get("store") == self._source.id
+        return bool(own and state.get("epoch") == epoch and 0 <= state.get("last", -1) <= last)
 
     @staticmethod
     def _send(collection: Any, ids: Sequence[str], seqs: Sequence[int], rows: Matrix) -> None:

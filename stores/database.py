@@ -70,7 +70,8 @@ class Database:
         self.engine = sa.create_engine(
             f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S}, max_overflow=-1, hide_parameters=True
         )
-        event.listen(self.engine, "connect", _on_connect)
+        # what is only read may be anything, and stays as it is
+        event.listen(self.engine, "connect", _set_up if opening is Opening.READ else _on_connect)
         event.listen(self.engine, "begin", _on_begin)
         self._connections: set[int] = set()
         event.listen(self.engine, "connect", lambda connection, _: self._connections.add(id(connection)))
@@ -109,6 +110,11 @@ class Database:
         try:
             yield
         except sa.exc.DBAPIError as error:
+            if self._opening is Opening.READ and _is_denied(str(error.orig)):
+                raise StoreError(
+                    f"{self.path} cannot be read where it is ({error.orig}), as SQLite keeps files beside what it "
+                    "reads; copy it, with its -wal if it has one, into a folder that can be written, and name the copy"
+                ) from error
             raise StoreError(_problem(self.path, error.orig)) from error
 
     @contextmanager
@@ -337,10 +343,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
-def _on_connect(connection: sqlite3.Connection, _: object) -> None:
+def _set_up(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver begins nothing by itself; _on_begin does
     for pragma in ("foreign_keys = ON", "synchronous = FULL", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
+
+
+def _on_connect(connection: sqlite3.Connection, record: object) -> None:
+    _set_up(connection, record)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.OperationalError as error:
@@ -348,7 +359,6 @@ def _on_connect(connection: sqlite3.Connection, _: object) -> None:
             _turn_to_log(connection)
         elif "readonly" not in str(error):
             raise  # a read-only medium can still be read; the first write says what is wrong
-    connection.execute(f"CREATE VIRTUAL TABLE {fts5.PLACES} USING fts5vocab(main, lexical, instance)")
 
 
 def _turn_to_log(connection: sqlite3.Connection) -> None:
@@ -373,11 +383,15 @@ def _on_begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
+def _is_denied(problem: str) -> bool:
+    return "readonly" in problem or "unable to open" in problem
+
+
 def _problem(path: Path, error: BaseException | None) -> str:
     text = str(error)
     if "disk is full" in text or "disk full" in text:
         return f"{path}: the disk is full; nothing was changed. Free some space and try again"
-    if "readonly" in text or "unable to open" in text:
+    if _is_denied(text):
         return f"{path} cannot be written ({text}); check the permissions of the file and of its folder"
     if "disk I/O" in text:
         return f"{path}: the disk failed ({text}); nothing was changed. See whether it is full or broken, and try again"

@@ -227,7 +227,23 @@ class ExactIndex:
         self._adopt(namespace, table)
         if any(file.epoch != epoch for file in table.files):
             table = self._weeded(namespace, epoch)
+        if table.files and not self._is_ours(namespace, table.files[-1]):
+            log.warning("%s is made anew: it is of another store that was here", self._place(namespace))
+            self._unlink(namespace)
+            return _Table(epoch)
         return table
+
+    def _is_ours(self, namespace: Namespace, file: VectorFile) -> bool:
+        """Whether the last row of a file is the store's: another may have been here, or a later state of this one."""
+        import numpy as np
+
+        last = np.flatnonzero(file.rows)[-1:]
+        found = self._source.read_vector_rows(namespace, self._fingerprint, int(file.rows[last].sum()) - 1, 1)
+        return not len(last) or (
+            found.rows.tolist() == file.rows[last].tolist()
+            and list(found.ids) == file.ids(last)
+            and np.array_equal(found.vectors, file.vectors[last])
+        )
 
     def _weeded(self, namespace: Namespace, epoch: int) -> _Table:
         """A table without rows that are no longer there, in its files as well; those after the files are read anew."""

@@ -24,6 +24,9 @@ __all__ = [
 PLACES = "temp.lexical_places"
 """Where each term of the index stands: a view of FTS5's, made for each connection."""
 
+MAX_TERM_BYTES = 32768
+"""FTS5 cuts what is longer, in a search too."""
+
 MAX_LEVEL_BYTES = 2000
 """A level takes two bytes."""
 
@@ -102,7 +105,8 @@ def places(connection: sa.Connection, ns: int, term: str) -> NDArray[np.int64]:
     """Rows that hold the term, rising, each as often as it stands there."""
     import numpy as np
 
-    rows = _fetched(connection, f"SELECT doc FROM {PLACES} WHERE term = ?", (f"{ns}_{term}",))
+    stored = f"{ns}_{term}".encode()[:MAX_TERM_BYTES]
+    rows = _fetched(connection, f"SELECT doc FROM {PLACES} WHERE term = CAST(? AS TEXT)", (stored,))
     return np.array([pk for (pk,) in rows], dtype=np.int64)
 
 

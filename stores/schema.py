@@ -82,7 +82,7 @@ namespaces = Table(
     Column("last_seq", Number, nullable=False, default=0),
     Column("n_segments", Number, nullable=False, default=0),  # with n_terms: the corpus statistics of BM25
     Column("n_terms", Number, nullable=False, default=0),
-    Column("epoch", Number, nullable=False, default=0),  # grows when segments or vectors go away
+    Column("epoch", Number, nullable=False, default=0),  # grows when segments or vectors go away, or terms are mended
 )
 
 segments = Table(

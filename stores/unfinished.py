@@ -55,8 +55,15 @@ def may_be_opened(connection: sa.Connection, place: str, found: str | None, head
         )
     if found == head:
         return True
-    if opening is not Opening.READ or (found and found > head):  # a newer one is told by whoever would upgrade it
+    if opening is Opening.USE or (found and found > head):  # a newer one is told by whoever would upgrade it
         return False
+    if opening is Opening.FILL:
+        if found is None:
+            return False
+        raise StoreError(
+            f"{place} is a memory of schema revision {found}, and a copy is made of {head}; name a store that is empty "
+            "or not there yet"
+        )
     if found is None:
         raise StoreError(f"{place} holds no memory; name the store that is to be read")
     raise StoreError(

@@ -57,6 +57,19 @@ def test_each_fault_is_found_and_mended(memory, kind):
     assert [(h.segment.id, h.score) for h in scope.search("kite 3", k=6)] == before
 
 
+@pytest.mark.parametrize("kind", [kind for kind in BREAKAGES if "lexical" in kind])
+def test_what_was_read_of_broken_words_is_read_anew_once_they_are_mended(tmp_path, kind):
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        for i in range(6):
+            memory.namespace("a").add(f"kite number {i}")
+        whole = memory.namespace("a").search("kite 3", k=6)
+        break_(memory, *BREAKAGES[kind])
+        with Memory.open(tmp_path / "memory.db", embedder="hash") as other:  # as another process
+            other.namespace("a").search("kite 3", k=6)
+            memory.repair()
+            assert other.namespace("a").search("kite 3", k=6) == whole
+
+
 def test_an_index_of_words_that_cannot_be_read_is_made_anew(memory):
     path = memory.parts.store.database.path
     memory.close()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from memory_os.build import open_database
 from memory_os.stores import pgvector
 from memory_os.stores.chroma import ChromaIndex
+from memory_os.stores.chroma_collections import Collections
 from memory_os.stores.chroma_server import ChromaServerIndex, read_address
 from memory_os.stores.exact import ExactIndex
 from memory_os.stores.pgvector import PgVectorIndex
@@ -124,6 +126,26 @@ def test_what_comes_after_upto_takes_nobodys_place(store, make_index):
     ids = add(store, ALICE, np.concatenate([far, near / np.linalg.norm(near, axis=1, keepdims=True)]))
     found = make_index().search(ALICE, query, 5, upto=10)
     assert [id_ for id_, _ in found] == [ids[i] for i in np.argsort(-(far @ query), kind="stable")[:5]]
+
+
+def test_a_folder_of_another_store_that_was_here_is_brought_to_this_one(tmp_path):
+    for name in ("before.db", "after.db"):
+        rows = unit(np.random.default_rng(len(name)), 40)
+        with closing(Records(open_database(tmp_path / name), count_tokens=len)) as store:
+            ids = add(store, ALICE, rows)
+            with closing(ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")) as index:
+                assert index.search(ALICE, rows[7], 5)[0][0] == ids[7]
+                assert index.ids(ALICE) == set(ids)
+
+
+def test_a_collection_that_finds_too_few_is_asked_no_other_way_without_a_bound(tmp_path, monkeypatch):
+    rows = unit(np.random.default_rng(1), 80)
+    with closing(Records(open_database(tmp_path / "memory.db"), count_tokens=len)) as store:
+        ids = add(store, ALICE, rows)
+        found = Collections._found
+        monkeypatch.setattr(Collections, "_found", lambda *told: found(*told)[:3])
+        with closing(ChromaIndex(store, fingerprint=F, folder=tmp_path / "chroma")) as index:
+            assert index.search(ALICE, rows[7], 5)[0][0] == ids[7]
 
 
 def test_namespaces_and_fingerprints_stay_apart(store, make_index):

@@ -352,6 +352,54 @@ def test_wrong_choices_are_one_error_and_make_nothing(filled, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_that_is_not_there_is_not_made_for_an_index_of_it(tmp_path):
+    with pytest.raises(StoreError, match="no such memory"):
+        migrate(tmp_path / "no.db", tmp_path / "no.db", vectors="exact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_file_by_two_names_is_one_store(source, tmp_path):
+    link, empty, other = tmp_path / "link.db", tmp_path / "empty.db", tmp_path / "other.db"
+    link.symlink_to(source)
+    opened(empty).close()
+    other.symlink_to(empty)
+    spelled = source.parent / ".." / source.parent.name / source.name
+    for here, there in ((source, link), (link, source), (source, spelled), (empty, other)):
+        with pytest.raises(ConfigError, match="SOURCE and DEST"):
+            migrate(here, there)
+        with pytest.raises(ConfigError, match="SOURCE and DEST"):
+            migrate(here, there, verify_only=True)
+    done = migrate(source, link, vectors="exact")
+    assert done.index
+    assert done.tables == ()
+
+
+def test_comparing_makes_no_index_and_says_so(filled, tmp_path):
+    with pytest.raises(ConfigError, match="leave out --vectors"):
+        migrate(filled("sqlite"), tmp_path / "copy.db", vectors="exact", verify_only=True)
+
+
+def test_a_source_that_is_no_memory_stays_as_it_is(tmp_path):
+    foreign = tmp_path / "bookmarks.db"
+    with closing(sqlite3.connect(foreign)) as raw, raw:
+        raw.execute("CREATE TABLE bookmarks (url TEXT)")
+    before = files_in(tmp_path)
+    with pytest.raises(StoreError, match="holds no memory"):
+        migrate(foreign, tmp_path / "copy.db")
+    assert files_in(tmp_path) == before
+
+
+def test_a_memory_of_an_older_schema_is_no_place_for_others_and_not_upgraded(filled, tmp_path):
+    old = tmp_path / "old.db"
+    with closing(sqlite3.connect(old)) as raw, raw:
+        raw.executescript(OLD.read_text())
+        raw.execute("PRAGMA journal_mode = WAL")  # as every memory is
+    before = files_in(tmp_path)
+    with pytest.raises(StoreError, match=r"schema revision 0008.*empty or not there yet"):
+        migrate(filled("sqlite"), old)
+    assert files_in(tmp_path) == before
+
+
 # -- stopped, and gone on with -----------------------------------------------------------------------------------------
 
 
@@ -614,6 +662,7 @@ def test_the_index_is_made_at_once_and_holds_every_vector(end, vectors, filled, 
         found = [hit.segment.id for hit in memory.namespace(*ALICE).nearest("kite", k=3)]
     with opened(source) as memory:
         assert [hit.segment.id for hit in memory.namespace(*ALICE).nearest("kite", k=3)] == found
+    n = len(rows_of(dest)["vectors"])  # what waited for its vector may have it by now
     assert migrate(dest, dest, vectors=vectors).index == n  # only the index: of the store itself
     assert rows_of(dest) == rows_of(source)
 

@@ -106,6 +106,30 @@ def test_a_corpus_that_grew_equals_one_that_was_read_at_once(items, cut, seed):
     np.testing.assert_allclose(best_cosines(whole, every, query), best_cosines(grown, every, query), atol=1e-6)
 
 
+def test_tokens_that_another_process_adds_meanwhile_are_read_next_time(tmp_path, monkeypatch):
+    def tell(store) -> None:
+        with store.database.write() as connection:
+            connection.exec_driver_sql("UPDATE vectors SET tokens = x'01020304'")
+
+    with Memory.open(tmp_path / "memory.db", embedder="hash") as memory:
+        store, fingerprint = memory.parts.store, memory.parts.embedder.fingerprint
+        memory.namespace("a").add("a kite")
+        tell(store)
+        state, read, corpora = store.state(("a",), fingerprint), store.read_profiles, Corpora()
+
+        def and_more(*told):
+            found = read(*told)
+            memory.namespace("a").add("a boat")
+            tell(store)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "read_profiles", and_more)
+            assert corpora.of(store, ("a",), fingerprint, 4, state).rows["count"].tolist() == [1]
+        state = store.state(("a",), fingerprint)
+        assert corpora.of(store, ("a",), fingerprint, 4, state).rows["count"].tolist() == [1, 1]
+
+
 @given(rows, st.integers(1, 24))
 @settings(max_examples=80)
 def test_neighbours_are_the_turns_of_the_session(items, upto):

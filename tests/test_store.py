@@ -23,6 +23,7 @@ from memory_os.errors import SchemaError, StoreError
 from memory_os.lexical import TIME_TERMS, query_terms, stem, terms_of
 from memory_os.stores import fulltext
 from memory_os.stores import records as records_module
+from memory_os.stores.backend import Opening
 from memory_os.stores.database import Database, _on_connect
 from memory_os.stores.records import Records
 from memory_os.stores.schema import metadata
@@ -315,6 +316,17 @@ def test_a_read_only_folder_is_one_clear_error(in_a_file, exists):
     shutil.rmtree(folder)
 
 
+def test_what_sqlite_cannot_read_where_it_lies_is_told_to_be_copied():
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "memory.db"
+    Records(Database(path), count_tokens=count).close()
+    folder.chmod(0o555)
+    with as_an_ordinary_user(), pytest.raises(StoreError, match=r"cannot be read where it is.*name the copy"):
+        Database(path, Opening.READ)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
 def test_of_several_that_turn_to_the_log_at_once_none_fails():
     """SQLite refuses at once where two would wait for each other."""
     answers = iter(["database is locked"] * 4)
@@ -369,6 +381,7 @@ def test_a_long_list_is_stored_as_its_segments_one_by_one(tmp_path):
 def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypatch, few):
     monkeypatch.setattr(fulltext, "FEW", few)
     texts = ["a kite, a boat and a kite", "", "We met in 1999", "yesterday? ", "今天 北京", "word " * 20_000, "2100?"]
+    texts.append("f" * 40_000)  # FTS5 cuts it
     store.append(("other",), [NewSegment(text, "s") for text in texts])
     stored = store.append(ALICE, [NewSegment(text, "s") for text in texts])
     store.delete({ALICE: [stored[0].id]})
@@ -381,7 +394,7 @@ def test_what_recall_is_told_of_segments_is_what_their_terms_say(store, monkeypa
         assert told.timed == [not TIME_TERMS.isdisjoint(terms[seq]) for seq in told.seqs]
         assert list(told.asks) == [store.find(ALICE, seq).text.rstrip().endswith("?") for seq in told.seqs]
     seq_of = dict(zip(store.read_profiles(ALICE).rows.tolist(), terms, strict=True))
-    wanted = ["kite", "word", "京", "unheard"]
+    wanted = ["kite", "word", "京", "unheard", "f" * 40_000]
     found = store.postings(ALICE, wanted)
     assert {term: [seq_of[row] for row in rows.tolist()] for term, rows in found.items()} == {
         term: [seq for seq, those in terms.items() for each in those if each == term] for term in wanted

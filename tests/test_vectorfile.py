@@ -1,8 +1,10 @@
 """Files of vectors: the search over them is that over every row, whatever the data, and what is forgotten goes."""
 
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +136,25 @@ def test_a_fresh_process_reads_only_the_rows_after_the_files(store, folder, monk
     )
     again = ExactIndex(store, fingerprint=F, folder=folder)
     assert again.search(A, rows[7], 1)[0][0] == ids[7]
-    assert read == [5]
+    assert read == [1, 5]  # first the last one of the files
+
+
+@pytest.mark.parametrize("kept", [0, RUN + 9])
+def test_files_of_another_store_that_was_here_or_of_a_later_state_are_made_anew(store, folder, tmp_path, kept):
+    before, later, own = (vectors(seed, 3 * RUN, 32) for seed in (5, 6, 7))
+    ids = add(store, before[:kept])
+    with closing(sqlite3.connect(tmp_path / "memory.db")) as raw:
+        raw.execute(f"VACUUM INTO '{tmp_path / 'backup.db'}'")
+    add(store, later)
+    ExactIndex(store, fingerprint=F, folder=folder).sync(A)
+    assert files(folder)
+    with closing(Records(open_database(tmp_path / "backup.db"), count_tokens=len)) as restored:
+        ids += add(restored, own)
+        for _ in range(2):
+            index = ExactIndex(restored, fingerprint=F, folder=folder)
+            for n, row in enumerate([*before[:kept], *own]):
+                assert index.search(A, row, 1)[0][0] == ids[n]
+    assert files(folder)
 
 
 def test_what_is_forgotten_leaves_the_files(store, folder):
