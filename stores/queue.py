@@ -235,11 +235,10 @@ class Queue:
     def _counts(self, connection: sa.Connection, column: sa.Column[Any]) -> dict[Any, int]:
         return {row[0]: row[1] for row in connection.execute(select(column, func.count()).group_by(column))}
 
-    def length(self, enough: int) -> int:
-        """How many segments have no vector at all; far above ``enough`` it is not counted to the end."""
+    def length(self) -> int:
+        """How many segments have no vector at all."""
         with self._database.read() as connection:
-            some = select(sa.literal(1)).where(pending.c.task == VECTOR_TASK).limit(2 * enough + 1000).subquery()
-            return connection.execute(select(func.count()).select_from(some)).scalar_one()
+            return connection.execute(select(func.count()).where(pending.c.task == VECTOR_TASK)).scalar_one()
 
 
 def _unclaimed(table: sa.Table, pk: sa.Column[Any], task: str) -> sa.Select[Any]:

@@ -21,7 +21,7 @@ from memory_os import Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.cli.main import app
 from memory_os.derive import embedded_text
-from memory_os.errors import BacklogFullError, ConfigError, LLMError
+from memory_os.errors import BacklogFullError, ConfigError, InvalidInputError, LLMError
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
@@ -425,6 +425,31 @@ def test_who_stores_waits_for_workers_and_no_longer_than_they_work(place, monkey
             other.work(batch=10)
         waiting.join(60)
         assert scope.stats()["segments"] == 61
+
+
+def test_a_queue_far_above_the_bound_that_grows_shorter_is_no_error(place, monkeypatch):
+    class Slow(HashEmbedder):
+        def embed_documents(self, texts):
+            time.sleep(0.1)
+            return super().embed_documents(texts)
+
+    with opened(place, max_pending=5) as memory, Memory.open(place, embedder=Slow()) as other:
+        other.namespace(*BOB).add_many(said(3000), embed=False)
+        monkeypatch.setattr(memory.parts.bound, "_patience_s", 0.5)
+        worker = threading.Thread(target=other.work, kwargs={"batch": 200})
+        worker.start()
+        try:
+            memory.namespace(*ALICE).add("one more")
+        finally:
+            worker.join(60)
+
+
+def test_what_cannot_be_stored_is_refused_without_waiting(place, monkeypatch):
+    with opened(place, max_pending=5) as memory:
+        memory.namespace(*ALICE).add_many(said(9))
+        monkeypatch.setattr(memory.parts.bound, "_patience_s", 0.0)
+        with pytest.raises(InvalidInputError):
+            memory.namespace(*ALICE).add_many([NewSegment("", "s")])
 
 
 def test_settings_that_cannot_be(tmp_path):
