@@ -44,6 +44,8 @@ embedder: each would make anew what the other made.
 TRIES = 5
 """So often in a row something is tried, where the worker is not to go on for ever."""
 MOST_WAIT_S = 30.0
+ASK_AGAIN_S = 600.0
+"""So long after its last failure the LLM is asked again for what it failed at, and for anything after 5 in a row."""
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class Worker:
         self._n_vectors = self._n_summaries = self._n_failed = 0
         self._per_second, self._last = 0.0, 0.0
         self._look_at, self._empty_looks = 0.0, 0
+        self._refused: list[Job] = []  # summaries that the LLM failed at: claimed, so that nobody tries them meanwhile
+        self._n_in_a_row, self._ask_at = 0, 0.0
 
     def run(self, stop: Event, *, until_idle: bool) -> Worked:
         """Work until ``stop`` is set, after which what is under way is finished and stored.
@@ -156,6 +160,7 @@ class Worker:
             return made + self._summarize(self._number, stop)
         except BaseException:
             self._number = None
+            self._refused.clear()
             self._shift.close()  # what was claimed is anybody's
             raise
 
@@ -200,15 +205,28 @@ class Worker:
     def _summarize(self, number: int, stop: Event) -> int:
         if self._llm is None or stop.is_set():
             return 0
+        may_ask = time.monotonic() >= self._ask_at
+        if may_ask:
+            self._n_in_a_row = 0
+        elif self._n_in_a_row >= TRIES:
+            return 0
         jobs = self._queue.take(number, "summary", self._fingerprint, 1, only=self._only)
+        if not jobs and self._refused and may_ask:  # last, so that they keep nobody waiting
+            self._queue.release(number, self._refused)
+            self._refused.clear()
+            jobs = self._queue.take(number, "summary", self._fingerprint, 1, only=self._only)
         for job in jobs:
             assert isinstance(job.of, Segment)
             try:
                 text = turn_summary.summarize(job.of.text, self._llm, stop)
-            except LLMError as error:  # it stays claimed, so that nobody tries it again while this worker lives
+            except LLMError as error:
                 log.warning("no summary of #%d: %s", job.of.seq, told(error))
                 self._n_failed += 1
+                self._n_in_a_row += 1
+                self._ask_at = time.monotonic() + ASK_AGAIN_S
+                self._refused.append(job)
                 continue
+            self._n_in_a_row = 0
             if text is not None:
                 self._store.put_summary(job.namespace, job.of.id, turn_summary.by_llm(self._llm), text)
                 self._n_summaries += 1
