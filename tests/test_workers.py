@@ -23,7 +23,7 @@ from memory_os import AsyncMemory, Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.cli.main import app
 from memory_os.derive import embedded_text
-from memory_os.errors import BacklogFullError, ConfigError, InvalidInputError, LLMError
+from memory_os.errors import BacklogFullError, ConfigError, InvalidInputError, LLMError, MemoryOSError
 from memory_os.stores.schema import workers
 from memory_os.types import NewSegment
 
@@ -208,6 +208,28 @@ def test_another_embedders_vectors_are_made_anew(place):
         assert memory.work(batch=7).vectors == 35
         assert_all_made(memory, ALICE, BOB)
         assert memory.work().vectors == 0
+
+
+def test_workers_with_different_embedders_do_not_make_each_others_vectors_for_ever(place):
+    class Slow(HashEmbedder):
+        def embed_documents(self, texts):
+            time.sleep(0.01)
+            return super().embed_documents(texts)
+
+    with Memory.open(place, embedder=HashEmbedder(16)) as memory:
+        memory.namespace(*ALICE).add_many(said(120))
+    stop, done = threading.Event(), []
+    with Memory.open(place, embedder=Slow(32)) as one, Memory.open(place, embedder=Slow(64)) as two:
+        how = {"batch": 8, "stop": stop}
+        threads = [threading.Thread(target=lambda m=m: done.append(m.work(**how).vectors)) for m in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    assert sum(done) <= 2 * 120
 
 
 # -- beside others -----------------------------------------------------------------------------------------------------
@@ -637,6 +659,18 @@ def test_a_process_that_dies_is_replaced_and_its_batch_made_again(place, marked,
         memory.namespace(*ALICE).ingest(file, workers=1)
         assert (tmp_path / "marks" / "died").exists()
         assert_all_made(memory, ALICE)
+
+
+def test_processes_that_die_each_time_are_a_clear_error(tmp_path, marked, monkeypatch):
+    monkeypatch.setattr("memory_os.worker.MOST_WAIT_S", 0.01)
+    file = tmp_path / "notes.md"
+    file.write_text("a beginning\n\nthe end")
+    (tmp_path / "modules" / "marked_embedder.py").write_text(MARKED.replace("open(f", "os._exit(1) #"))
+    with Memory.open(tmp_path / "memory.db", embedder=marked) as memory:
+        with pytest.raises(MemoryOSError, match="killed, perhaps for want of memory; have fewer"):
+            memory.namespace(*ALICE).ingest(file, workers=1)
+        assert memory.queue().vectors == memory.namespace(*ALICE).stats()["segments"] > 0
+        assert memory.queue().workers == ()
 
 
 INGEST = """
