@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Inline", "Worked", "Worker"]
 
 ROUND = 32
-"""So many batches of vectors are made, at most, before a summary has its turn, where there is an LLM."""
+"""So many batches of segments' vectors are made, at most, before those of items and a summary have their turn."""
 MOST_TEXTS = 10_000
 POLL_S = 1.0
 LOOK_S, LOOKS = 30.0, 2
@@ -176,7 +176,7 @@ class Worker:
         return made
 
     def _batches(self, number: int, task: str, at_work: deque[list[Job]], stop: Event) -> Iterator[list[str]]:
-        for _ in range(ROUND) if self._llm else count():
+        for _ in count() if self._only else range(ROUND):  # a pool, for one bulk load, is kept busy
             if stop.is_set():
                 return
             looks = time.monotonic() >= self._look_at and self._empty_looks < LOOKS

@@ -197,6 +197,20 @@ def test_namespaces_have_their_turns(place):
             assert queue.take(one, "vector", f, 500, only=BOB) == []
 
 
+def test_items_do_not_wait_for_a_bulk_load(place):
+    class Noting(HashEmbedder):
+        def embed_documents(self, texts):
+            made.extend(texts)
+            return super().embed_documents(texts)
+
+    made: list[str] = []
+    with opened(place, embedder=Noting()) as memory:
+        memory.namespace(*ALICE).add_many(said(50))
+        memory.namespace(*BOB).items.put(("p",), "k", {"x": 1}, texts=[("x", "a cat")])
+        assert memory.work(batch=1).vectors == 51
+        assert made.index("a cat") < 50
+
+
 def test_another_embedders_vectors_are_made_anew(place):
     with Memory.open(place, embedder=HashEmbedder(32)) as memory:
         memory.namespace(*ALICE).add_many(said(30))
