@@ -105,7 +105,7 @@ class Worker:
         self._number: int | None = None
         self._n_vectors = self._n_summaries = self._n_failed = 0
         self._per_second, self._last = 0.0, 0.0
-        self._look_at, self._empty_looks = 0.0, 0
+        self._look_at, self._empty_looks, self._n_ended = 0.0, 0, 0
         self._refused: list[Job] = []  # summaries that the LLM failed at: claimed, so that nobody tries them meanwhile
         self._n_in_a_row, self._ask_at = 0, 0.0
 
@@ -156,7 +156,11 @@ class Worker:
             if self._number is None:
                 self._number = self._shift.enter_context(self._queue.shift(f"{socket.gethostname()}:{os.getpid()}"))
             tasks = ("vector", "item") if self._items else ("vector",)
-            made = sum(self._embed(self._number, task, stop) for task in tasks)
+            looks = time.monotonic() >= self._look_at and self._empty_looks < LOOKS
+            self._n_ended = 0
+            made = sum(self._embed(self._number, task, stop, looks) for task in tasks)
+            if looks and self._n_ended == len(tasks):
+                self._look_at, self._empty_looks = time.monotonic() + LOOK_S, self._empty_looks + 1
             return made + self._summarize(self._number, stop)
         except BaseException:
             self._number = None
@@ -164,10 +168,10 @@ class Worker:
             self._shift.close()  # what was claimed is anybody's
             raise
 
-    def _embed(self, number: int, task: str, stop: Event) -> int:
+    def _embed(self, number: int, task: str, stop: Event, looks: bool) -> int:
         at_work: deque[list[Job]] = deque()
         made = 0
-        for vectors, tokens in self._pool.embed(self._batches(number, task, at_work, stop)):
+        for vectors, tokens in self._pool.embed(self._batches(number, task, at_work, stop, looks)):
             jobs = at_work.popleft()
             self._put(task, jobs, vectors, tokens)
             self._n_vectors += len(jobs)
@@ -175,15 +179,15 @@ class Worker:
             made += len(jobs)
         return made
 
-    def _batches(self, number: int, task: str, at_work: deque[list[Job]], stop: Event) -> Iterator[list[str]]:
+    def _batches(
+        self, number: int, task: str, at_work: deque[list[Job]], stop: Event, looks: bool
+    ) -> Iterator[list[str]]:
         for _ in count() if self._only else range(ROUND):  # a pool, for one bulk load, is kept busy
             if stop.is_set():
                 return
-            looks = time.monotonic() >= self._look_at and self._empty_looks < LOOKS
             jobs = self._queue.take(number, task, self._fingerprint, self._batch, only=self._only, stale=looks)
             if not jobs:
-                if looks and (task == "item" or not self._items):
-                    self._look_at, self._empty_looks = time.monotonic() + LOOK_S, self._empty_looks + 1
+                self._n_ended += 1
                 return
             at_work.append(jobs)
             yield [job.of if isinstance(job.of, str) else embedded_text(job.of) for job in jobs]

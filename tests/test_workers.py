@@ -197,6 +197,14 @@ def test_namespaces_have_their_turns(place):
             assert queue.take(one, "vector", f, 500, only=BOB) == []
 
 
+def test_all_of_another_embedders_are_made_anew_however_many(place):
+    with Memory.open(place, embedder=HashEmbedder(32)) as memory:
+        memory.namespace(*ALICE).add_many(said(50))
+    with opened(place, llm=ScriptedLLM(["never asked"])) as memory:
+        assert memory.work(batch=1).vectors == 50
+        assert memory.queue().vectors == 0
+
+
 def test_items_do_not_wait_for_a_bulk_load(place):
     class Noting(HashEmbedder):
         def embed_documents(self, texts):
