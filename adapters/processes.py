@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from memory_os.errors import ConfigError
+from memory_os.errors import ConfigError, MemoryOSError
 from memory_os.protocols import Embedder, vectors_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ class ProcessPool:
         self._processes: ProcessPoolExecutor | None = None
 
     def embed(self, batches: Iterable[Sequence[str]]) -> Iterator[Vectors]:
-        """In order; one batch more than there are processes is under way, so that none of them waits."""
+        """In order; one batch more than there are processes is under way, so that none of them waits.
+
+        :raises MemoryOSError: if one of them was killed; the next call starts them again.
+        """
         under_way: deque[Future[Vectors]] = deque()
         try:
             for texts in batches:
@@ -85,9 +88,12 @@ class ProcessPool:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
             self.close()
-            raise
+            raise MemoryOSError(
+                "a process that embeds was killed, perhaps for want of memory; have fewer of them. What is stored "
+                "stays so: run it again for the vectors that are missing"
+            ) from error
         finally:
             for each in under_way:
                 each.cancel()

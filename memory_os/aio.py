@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from functools import update_wrapper
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial, update_wrapper
 from pathlib import Path
 from threading import Event
 from typing import IO, Any, Concatenate, ParamSpec, Self, TypeVar
@@ -22,16 +24,37 @@ __all__ = ["AsyncExamples", "AsyncItems", "AsyncMemory", "AsyncScope", "AsyncStr
 P = ParamSpec("P")
 R = TypeVar("R")
 
+STORING = 4
+"""So many threads store at a time where ``max_pending`` has them wait: they must not be all that there are."""
+
 
 class Calls:
-    """What is at work in threads. A thread goes on when who waits for it is cancelled; ``close`` waits for all."""
+    """What is at work in threads. A thread goes on when who waits for it is cancelled; ``close`` waits for all.
 
-    def __init__(self) -> None:
+    :param bounded: whether who stores may have to wait for workers.
+    """
+
+    def __init__(self, bounded: bool = False) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._storing = ThreadPoolExecutor(STORING, "memory_os storing") if bounded else None
 
     async def __call__(self, verb: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """What the verb gives back, from a worker thread."""
         return await self.all_of(asyncio.to_thread(verb, *args, **kwargs))
+
+    async def storing(self, verb: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As any call; where it may have to wait for workers, not from a thread that others need."""
+        if self._storing is None:
+            return await self(verb, *args, **kwargs)
+        return await self.all_of(_within(self._storing, verb, *args, **kwargs))
+
+    async def apart(self, verb: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """As any call, from a thread of its own: it may go on for ever."""
+        own = ThreadPoolExecutor(1, "memory_os apart")
+        try:
+            return await self.all_of(_within(own, verb, *args, **kwargs))
+        finally:
+            own.shutdown(wait=False)
 
     async def all_of(self, work: Coroutine[Any, Any, R]) -> R:
         """What the work gives back; cancelled or not, all of it is done."""
@@ -51,9 +74,22 @@ class Calls:
             await asyncio.wait(self._tasks)
 
 
+async def _within(threads: Executor, verb: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    call = partial(copy_context().run, verb, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
+
+
 def _threaded(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[AsyncScope, P], Coroutine[Any, Any, R]]:
     async def run(self: AsyncScope, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self.calls(verb, self.scope, *args, **kwargs)
+
+    update_wrapper(run, verb)
+    return run
+
+
+def _storing(verb: Callable[Concatenate[Scope, P], R]) -> Callable[Concatenate[AsyncScope, P], Coroutine[Any, Any, R]]:
+    async def run(self: AsyncScope, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self.calls.storing(verb, self.scope, *args, **kwargs)
 
     update_wrapper(run, verb)
     return run
@@ -106,18 +142,18 @@ class AsyncScope:
         """Labelled examples of one task, kept in this namespace; see ``Scope.examples``."""
         return AsyncExamples(self.scope.examples(input_name, label_name, labels=labels, k=k), self.calls)
 
-    add = _threaded(Scope.add)
-    add_many = _threaded(Scope.add_many)
-    replace_many = _threaded(Scope.replace_many)
-    ingest = _threaded(Scope.ingest)
-    summarize = _threaded(Scope.summarize)
+    add = _storing(Scope.add)
+    add_many = _storing(Scope.add_many)
+    replace_many = _storing(Scope.replace_many)
+    ingest = _storing(Scope.ingest)
+    summarize = _storing(Scope.summarize)
     sources = _threaded(Scope.sources)
     forget = _threaded(Scope.forget)
     would_forget = _threaded(Scope.would_forget)
     expire = _threaded(Scope.expire)
     export = _threaded(Scope.export)
     export_alr2 = _threaded(Scope.export_alr2)
-    import_ = _threaded(Scope.import_)
+    import_ = _storing(Scope.import_)
     context = _threaded(Scope.context)
     answered = _threaded(Scope.answered)
     search = _threaded(Scope.search)
@@ -235,7 +271,7 @@ class AsyncMemory:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.calls = Calls()
+        self.calls = Calls(bounded=memory.parts.bound is not None)
 
     @staticmethod
     def open(path: str | Path, **kwargs: Any) -> _Opening:
@@ -275,10 +311,14 @@ class AsyncMemory:
         summaries: bool = True,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> Worked:
-        """Be a worker; see ``Memory.work``. One that is cancelled goes on until ``stop`` is set."""
-        return await self.calls(
-            self.memory.work, stop=stop, until_idle=until_idle, batch=batch, summaries=summaries, progress=progress
-        )
+        """Be a worker; see ``Memory.work``. Cancelled, it sets ``stop``, and ends after what is under way."""
+        stop = stop or Event()
+        how: dict[str, Any] = {"until_idle": until_idle, "batch": batch, "summaries": summaries, "progress": progress}
+        try:
+            return await self.calls.apart(partial(self.memory.work, stop=stop, **how))
+        except asyncio.CancelledError:
+            stop.set()
+            raise
 
     async def check(self, *, deep: bool = False) -> dict[str, list[str]]:
         """What is wrong with the store, by kind."""

@@ -10,6 +10,8 @@ from memory_os.protocols import WorkQueue
 __all__ = ["Bound"]
 
 LOOK_S = 0.2
+SHARE = 10
+"""Counting takes at most the SHARE-th part of the time: a queue far above the bound is long."""
 PATIENCE_S = 60.0
 """So long the queue may stand still before it is an error."""
 
@@ -35,11 +37,14 @@ class Bound:
         if n_new <= self._room:
             self._room -= n_new
             return
-        shortest, since = None, time.monotonic()
-        while (n := self._queue.length(self.most)) > self.most:
+        shortest = None
+        began = since = time.monotonic()
+        while (n := self._queue.length()) > self.most:
+            now = time.monotonic()
             if shortest is None or n < shortest:
-                shortest, since = n, time.monotonic()
-            elif time.monotonic() - since > self._patience_s:
+                shortest, since = n, now
+            elif now - since > self._patience_s:
                 raise BacklogFullError(n, self.most)
-            time.sleep(LOOK_S)
+            time.sleep(max(LOOK_S, SHARE * (now - began)))
+            began = time.monotonic()
         self._room = max(0, (self.most - n) // 10 - n_new)

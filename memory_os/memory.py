@@ -382,14 +382,16 @@ class Scope:
         :param embed: whether the vectors are made now; otherwise they are pending until the next recall.
         :raises InvalidInputError: for one that cannot be stored; none of them was.
         """
-        if self._parts.bound:
-            self._parts.bound.wait(len(segments))
-        return self._add_many(segments, restore=restore, embed=embed)
+        return self._add_many(segments, restore=restore, embed=embed, waits=True)
 
-    def _add_many(self, segments: Sequence[NewSegment], *, restore: bool, embed: bool) -> list[Segment]:
+    def _add_many(
+        self, segments: Sequence[NewSegment], *, restore: bool, embed: bool, waits: bool = False
+    ) -> list[Segment]:
         check_count(len(segments))
-        checked = [checked_segment(new) for new in segments]
-        stored = self._parts.store.append(self.labels, self._fresh(checked), restore=restore)
+        fresh = self._fresh([checked_segment(new) for new in segments])
+        if waits and self._parts.bound:
+            self._parts.bound.wait(len(fresh))
+        stored = self._parts.store.append(self.labels, fresh, restore=restore)
         if embed:
             with deferrable():
                 self._parts.catch_up(self.labels, stored)

@@ -817,8 +817,8 @@ class WorkQueue(Protocol):
     def status(self, fingerprint: str) -> QueueStatus:
         """What is to be done, and who is at it."""
 
-    def length(self, enough: int) -> int:
-        """How many segments have no vector at all; far above ``enough`` it is not counted to the end."""
+    def length(self) -> int:
+        """How many segments have no vector at all."""
 
 
 class EmbedderPool(Protocol):

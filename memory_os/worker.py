@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Inline", "Worked", "Worker"]
 
 ROUND = 32
-"""So many batches of vectors are made, at most, before a summary has its turn, where there is an LLM."""
+"""So many batches of segments' vectors are made, at most, before those of items and a summary have their turn."""
 MOST_TEXTS = 10_000
 POLL_S = 1.0
 LOOK_S, LOOKS = 30.0, 2
@@ -44,6 +44,8 @@ embedder: each would make anew what the other made.
 TRIES = 5
 """So often in a row something is tried, where the worker is not to go on for ever."""
 MOST_WAIT_S = 30.0
+ASK_AGAIN_S = 600.0
+"""So long after its last failure the LLM is asked again for what it failed at, and for anything after 5 in a row."""
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,9 @@ class Worker:
         self._number: int | None = None
         self._n_vectors = self._n_summaries = self._n_failed = 0
         self._per_second, self._last = 0.0, 0.0
-        self._look_at, self._empty_looks = 0.0, 0
+        self._look_at, self._empty_looks, self._n_ended = 0.0, 0, 0
+        self._refused: list[Job] = []  # summaries that the LLM failed at: claimed, so that nobody tries them meanwhile
+        self._n_in_a_row, self._ask_at = 0, 0.0
 
     def run(self, stop: Event, *, until_idle: bool) -> Worked:
         """Work until ``stop`` is set, after which what is under way is finished and stored.
@@ -152,17 +156,22 @@ class Worker:
             if self._number is None:
                 self._number = self._shift.enter_context(self._queue.shift(f"{socket.gethostname()}:{os.getpid()}"))
             tasks = ("vector", "item") if self._items else ("vector",)
-            made = sum(self._embed(self._number, task, stop) for task in tasks)
+            looks = time.monotonic() >= self._look_at and self._empty_looks < LOOKS
+            self._n_ended = 0
+            made = sum(self._embed(self._number, task, stop, looks) for task in tasks)
+            if looks and self._n_ended == len(tasks):
+                self._look_at, self._empty_looks = time.monotonic() + LOOK_S, self._empty_looks + 1
             return made + self._summarize(self._number, stop)
         except BaseException:
             self._number = None
+            self._refused.clear()
             self._shift.close()  # what was claimed is anybody's
             raise
 
-    def _embed(self, number: int, task: str, stop: Event) -> int:
+    def _embed(self, number: int, task: str, stop: Event, looks: bool) -> int:
         at_work: deque[list[Job]] = deque()
         made = 0
-        for vectors, tokens in self._pool.embed(self._batches(number, task, at_work, stop)):
+        for vectors, tokens in self._pool.embed(self._batches(number, task, at_work, stop, looks)):
             jobs = at_work.popleft()
             self._put(task, jobs, vectors, tokens)
             self._n_vectors += len(jobs)
@@ -170,15 +179,15 @@ class Worker:
             made += len(jobs)
         return made
 
-    def _batches(self, number: int, task: str, at_work: deque[list[Job]], stop: Event) -> Iterator[list[str]]:
-        for _ in range(ROUND) if self._llm else count():
+    def _batches(
+        self, number: int, task: str, at_work: deque[list[Job]], stop: Event, looks: bool
+    ) -> Iterator[list[str]]:
+        for _ in count() if self._only else range(ROUND):  # a pool, for one bulk load, is kept busy
             if stop.is_set():
                 return
-            looks = time.monotonic() >= self._look_at and self._empty_looks < LOOKS
             jobs = self._queue.take(number, task, self._fingerprint, self._batch, only=self._only, stale=looks)
             if not jobs:
-                if looks and (task == "item" or not self._items):
-                    self._look_at, self._empty_looks = time.monotonic() + LOOK_S, self._empty_looks + 1
+                self._n_ended += 1
                 return
             at_work.append(jobs)
             yield [job.of if isinstance(job.of, str) else embedded_text(job.of) for job in jobs]
@@ -200,15 +209,28 @@ class Worker:
     def _summarize(self, number: int, stop: Event) -> int:
         if self._llm is None or stop.is_set():
             return 0
+        may_ask = time.monotonic() >= self._ask_at
+        if may_ask:
+            self._n_in_a_row = 0
+        elif self._n_in_a_row >= TRIES:
+            return 0
         jobs = self._queue.take(number, "summary", self._fingerprint, 1, only=self._only)
+        if not jobs and self._refused and may_ask:  # last, so that they keep nobody waiting
+            self._queue.release(number, self._refused)
+            self._refused.clear()
+            jobs = self._queue.take(number, "summary", self._fingerprint, 1, only=self._only)
         for job in jobs:
             assert isinstance(job.of, Segment)
             try:
                 text = turn_summary.summarize(job.of.text, self._llm, stop)
-            except LLMError as error:  # it stays claimed, so that nobody tries it again while this worker lives
+            except LLMError as error:
                 log.warning("no summary of #%d: %s", job.of.seq, told(error))
                 self._n_failed += 1
+                self._n_in_a_row += 1
+                self._ask_at = time.monotonic() + ASK_AGAIN_S
+                self._refused.append(job)
                 continue
+            self._n_in_a_row = 0
             if text is not None:
                 self._store.put_summary(job.namespace, job.of.id, turn_summary.by_llm(self._llm), text)
                 self._n_summaries += 1

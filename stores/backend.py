@@ -64,7 +64,7 @@ class Backend(Protocol):
         """A number that is this caller's alone until it leaves, or its process ends, however it ends."""
 
     def on_shift(self, connection: sa.Connection, numbers: Collection[int]) -> set[int]:
-        """Those of the numbers that are somebody's now."""
+        """Those of the numbers that are somebody's now; what is the others' may be struck off in this transaction."""
 
     def snapshot(self) -> AbstractContextManager[None]:
         """One consistent view for all that this thread reads meanwhile; writers go on."""

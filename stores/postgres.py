@@ -61,10 +61,8 @@ WORKING = 0x6D656D77  # as MIGRATING, of workers
 SHIFT = sa.text(
     "SELECT n FROM generate_series(1, 9999) n WHERE pg_try_advisory_xact_lock(:class, CAST(n AS integer)) LIMIT 1"
 )
-ON_SHIFT = sa.text(
-    "SELECT CAST(objid AS bigint) FROM pg_locks WHERE locktype = 'advisory' AND classid = :class AND objsubid = 2 "
-    "AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-)
+# those that are nobody's stay so until the transaction has ended: what is struck off is not a new worker's by then
+ON_SHIFT = sa.text("SELECT n FROM unnest(CAST(:numbers AS integer[])) n WHERE NOT pg_try_advisory_xact_lock(:class, n)")
 PARTITIONED = ("segments", "vectors", "lexical", "postings", "traces")
 WHOLE = ("pending", "summaries", "activations", "scores", "items", "item_texts")
 log = logging.getLogger(__name__)
@@ -162,7 +160,7 @@ class Postgres:
 
     def on_shift(self, connection: sa.Connection, numbers: Collection[int]) -> set[int]:
         """Those of the numbers whose lock is held."""
-        return set(connection.execute(ON_SHIFT, {"class": WORKING}).scalars()) & set(numbers)
+        return set(connection.execute(ON_SHIFT, {"class": WORKING, "numbers": list(numbers)}).scalars())
 
     @contextmanager
     def read(self, namespace: Namespace | None = None) -> Iterator[sa.Connection]:

@@ -52,6 +52,8 @@ class Queue:
     def __init__(self, database: Backend) -> None:
         self._database = database
         self._stale_from: dict[str, int] = {}
+        # what there was when it looked, by worker: those with different embedders do not take turns for ever
+        self._stale_left: dict[tuple[int, str], int] = {}
         self._after: dict[str, int] = {}  # the namespace of the last batch, by task: each has its turn
 
     @contextmanager
@@ -62,6 +64,8 @@ class Queue:
             try:
                 yield number
             finally:
+                for table in (vectors, item_texts):
+                    self._stale_left.pop((number, table.name), None)
                 with suppress(StoreError):  # a number that nobody holds says as much
                     self._end(number)
 
@@ -130,13 +134,18 @@ class Queue:
     ) -> list[tuple[int, int]]:
         """Claim what has a vector of another embedder, of one namespace."""
         table, pk = (item_texts, item_texts.c.pk) if task == ITEM_TASK else (vectors, vectors.c.segment_pk)
+        left = self._stale_left.pop((worker, table.name), None)  # counted anew at the next look where none is taken
+        if left is None:
+            left = self._count_stale(connection, table, fingerprint)
+        limit = min(limit, left)
         taken: list[tuple[int, int]] = []
-        for number in self._with_stale(connection, table, fingerprint, which):
+        for number in self._with_stale(connection, table, fingerprint, which) if limit else ():
             for other in (table.c.fingerprint < fingerprint, table.c.fingerprint > fingerprint):  # both by the index
                 query = _unclaimed(table, pk, task).where(table.c.namespace_id == number, other).order_by(table.c.pk)
                 taken += self._claim(connection, query, worker, task, limit - len(taken))
             if taken:
                 self._stale_from[table.name] = number
+                self._stale_left[worker, table.name] = left - len(taken)
                 return taken
         self._stale_from[table.name] = 0
         return []
@@ -235,11 +244,10 @@ class Queue:
     def _counts(self, connection: sa.Connection, column: sa.Column[Any]) -> dict[Any, int]:
         return {row[0]: row[1] for row in connection.execute(select(column, func.count()).group_by(column))}
 
-    def length(self, enough: int) -> int:
-        """How many segments have no vector at all; far above ``enough`` it is not counted to the end."""
+    def length(self) -> int:
+        """How many segments have no vector at all."""
         with self._database.read() as connection:
-            some = select(sa.literal(1)).where(pending.c.task == VECTOR_TASK).limit(2 * enough + 1000).subquery()
-            return connection.execute(select(func.count()).select_from(some)).scalar_one()
+            return connection.execute(select(func.count()).where(pending.c.task == VECTOR_TASK)).scalar_one()
 
 
 def _unclaimed(table: sa.Table, pk: sa.Column[Any], task: str) -> sa.Select[Any]:

@@ -1,5 +1,6 @@
 """Workers: derived work is taken from the database by any number of them, and the death of one loses nothing."""
 
+import asyncio
 import importlib
 import json
 import multiprocessing
@@ -11,17 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from memory_os import Memory
+from memory_os import AsyncMemory, Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.cli.main import app
 from memory_os.derive import embedded_text
-from memory_os.errors import BacklogFullError, ConfigError, LLMError
+from memory_os.errors import BacklogFullError, ConfigError, InvalidInputError, LLMError, MemoryOSError
+from memory_os.stores.schema import workers
 from memory_os.types import NewSegment
 
 ALICE, BOB = ("acme", "alice"), ("acme", "bob")
@@ -194,6 +197,28 @@ def test_namespaces_have_their_turns(place):
             assert queue.take(one, "vector", f, 500, only=BOB) == []
 
 
+def test_all_of_another_embedders_are_made_anew_however_many(place):
+    with Memory.open(place, embedder=HashEmbedder(32)) as memory:
+        memory.namespace(*ALICE).add_many(said(50))
+    with opened(place, llm=ScriptedLLM(["never asked"])) as memory:
+        assert memory.work(batch=1).vectors == 50
+        assert memory.queue().vectors == 0
+
+
+def test_items_do_not_wait_for_a_bulk_load(place):
+    class Noting(HashEmbedder):
+        def embed_documents(self, texts):
+            made.extend(texts)
+            return super().embed_documents(texts)
+
+    made: list[str] = []
+    with opened(place, embedder=Noting()) as memory:
+        memory.namespace(*ALICE).add_many(said(50))
+        memory.namespace(*BOB).items.put(("p",), "k", {"x": 1}, texts=[("x", "a cat")])
+        assert memory.work(batch=1).vectors == 51
+        assert made.index("a cat") < 50
+
+
 def test_another_embedders_vectors_are_made_anew(place):
     with Memory.open(place, embedder=HashEmbedder(32)) as memory:
         memory.namespace(*ALICE).add_many(said(30))
@@ -205,6 +230,28 @@ def test_another_embedders_vectors_are_made_anew(place):
         assert memory.work(batch=7).vectors == 35
         assert_all_made(memory, ALICE, BOB)
         assert memory.work().vectors == 0
+
+
+def test_workers_with_different_embedders_do_not_make_each_others_vectors_for_ever(place):
+    class Slow(HashEmbedder):
+        def embed_documents(self, texts):
+            time.sleep(0.01)
+            return super().embed_documents(texts)
+
+    with Memory.open(place, embedder=HashEmbedder(16)) as memory:
+        memory.namespace(*ALICE).add_many(said(120))
+    stop, done = threading.Event(), []
+    with Memory.open(place, embedder=Slow(32)) as one, Memory.open(place, embedder=Slow(64)) as two:
+        how = {"batch": 8, "stop": stop}
+        threads = [threading.Thread(target=lambda m=m: done.append(m.work(**how).vectors)) for m in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    assert sum(done) <= 2 * 120
 
 
 # -- beside others -----------------------------------------------------------------------------------------------------
@@ -289,6 +336,33 @@ def test_summaries_are_made_of_those_that_are_listed(place):
         assert memory.queue().summaries == 1  # the other is tried by the next worker
     with opened(place) as memory:  # without an LLM nobody is asked
         assert memory.work().summaries == 0
+
+
+def test_an_llm_that_was_away_is_asked_again(place, monkeypatch):
+    away, asked = threading.Event(), []
+    away.set()
+
+    def reply(messages):
+        asked.append(messages)
+        if away.is_set():
+            raise LLMError("scripted", "it is away")
+        return "In short."
+
+    with opened(place, llm=ScriptedLLM(reply)) as memory:
+        said = memory.namespace(*ALICE).add_many([NewSegment(f"long text {i}. " * 50, "s") for i in range(12)])
+        memory.parts.store.list_for_summary(ALICE, [segment.id for segment in said])
+        assert memory.work().failed == len(asked) == 5  # then it is left alone
+        monkeypatch.setattr("memory_os.worker.ASK_AGAIN_S", 0.5)
+        stop = threading.Event()
+        thread = threading.Thread(target=memory.work, kwargs={"stop": stop, "until_idle": False})
+        thread.start()
+        try:
+            eventually(lambda: len(asked) > 10)
+            away.clear()
+            eventually(lambda: memory.queue().summaries == 0)
+        finally:
+            stop.set()
+            thread.join(60)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -403,6 +477,32 @@ def test_a_worker_at_rest_does_not_keep_the_server_from_cleaning(postgres_server
         assert memory.namespace(*ALICE).forget(segment.id)["unfinished"] == 0
 
 
+def test_a_worker_that_takes_a_dead_ones_number_meanwhile_keeps_its_claims(postgres_server, monkeypatch):
+    url = postgres_server.url(postgres_server.new())
+    with opened(url) as memory, opened(url) as other:
+        memory.namespace(*ALICE).add_many(said(20))
+        f = memory.parts.embedder.fingerprint
+        queue, database = memory.parts.queue, memory.parts.store.database
+        with queue.shift("one") as one, ExitStack() as born:
+            dead = {"number": one + 1, "name": "dead", "started_at": "", "seen_at": "", "done": 0, "per_second": 0.0}
+            with database.claiming() as connection:
+                connection.execute(workers.insert().values(dead))
+            looks = database.on_shift
+
+            def on_shift(connection, numbers):
+                alive = looks(connection, numbers)
+                if not taken:  # at the worst moment: the dead one was seen, and is not struck off yet
+                    new = born.enter_context(other.parts.queue.shift("new"))
+                    taken.extend(other.parts.queue.take(new, "vector", f, 5))
+                return alive
+
+            taken = []
+            monkeypatch.setattr(database, "on_shift", on_shift)
+            taken.extend(queue.take(one, "vector", f, 99))
+            assert len(taken) == len({job.row for job in taken}) == 20
+            assert [(each.name, each.claimed) for each in memory.queue().workers] == [("one", 15), ("new", 5)]
+
+
 # -- back-pressure -----------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +525,48 @@ def test_who_stores_waits_for_workers_and_no_longer_than_they_work(place, monkey
             other.work(batch=10)
         waiting.join(60)
         assert scope.stats()["segments"] == 61
+
+
+def test_a_queue_far_above_the_bound_that_grows_shorter_is_no_error(place, monkeypatch):
+    class Slow(HashEmbedder):
+        def embed_documents(self, texts):
+            time.sleep(0.1)
+            return super().embed_documents(texts)
+
+    with opened(place, max_pending=5) as memory, Memory.open(place, embedder=Slow()) as other:
+        other.namespace(*BOB).add_many(said(3000), embed=False)
+        monkeypatch.setattr(memory.parts.bound, "_patience_s", 0.5)
+        worker = threading.Thread(target=other.work, kwargs={"batch": 200})
+        worker.start()
+        try:
+            memory.namespace(*ALICE).add("one more")
+        finally:
+            worker.join(60)
+
+
+def test_what_cannot_be_stored_is_refused_without_waiting(place, monkeypatch):
+    with opened(place, max_pending=5) as memory:
+        memory.namespace(*ALICE).add_many(said(9))
+        monkeypatch.setattr(memory.parts.bound, "_patience_s", 0.0)
+        with pytest.raises(InvalidInputError):
+            memory.namespace(*ALICE).add_many([NewSegment("", "s")])
+
+
+async def test_for_asyncio_who_waits_to_store_keeps_nobody_out(place):
+    async with AsyncMemory.open(place, embedder="hash", derive="workers", max_pending=5) as memory:
+        scope = memory.namespace(*ALICE)
+        await scope.add_many(said(50))
+        waiting = [asyncio.create_task(scope.add(f"one more: {i}")) for i in range(40)]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in waiting)
+        assert await asyncio.wait_for(scope.search("kite"), 20)
+        working = asyncio.create_task(memory.work(until_idle=False))
+        await asyncio.wait_for(asyncio.gather(*waiting), 60)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        await asyncio.wait_for(memory.calls.ended(), 30)  # it was told to end
+        assert (await scope.stats())["segments"] == 90
 
 
 def test_settings_that_cannot_be(tmp_path):
@@ -539,6 +681,18 @@ def test_a_process_that_dies_is_replaced_and_its_batch_made_again(place, marked,
         memory.namespace(*ALICE).ingest(file, workers=1)
         assert (tmp_path / "marks" / "died").exists()
         assert_all_made(memory, ALICE)
+
+
+def test_processes_that_die_each_time_are_a_clear_error(tmp_path, marked, monkeypatch):
+    monkeypatch.setattr("memory_os.worker.MOST_WAIT_S", 0.01)
+    file = tmp_path / "notes.md"
+    file.write_text("a beginning\n\nthe end")
+    (tmp_path / "modules" / "marked_embedder.py").write_text(MARKED.replace("open(f", "os._exit(1) #"))
+    with Memory.open(tmp_path / "memory.db", embedder=marked) as memory:
+        with pytest.raises(MemoryOSError, match="killed, perhaps for want of memory; have fewer"):
+            memory.namespace(*ALICE).ingest(file, workers=1)
+        assert memory.queue().vectors == memory.namespace(*ALICE).stats()["segments"] > 0
+        assert memory.queue().workers == ()
 
 
 INGEST = """
