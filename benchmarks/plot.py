@@ -69,11 +69,12 @@ def costs(file: Path, title: str, panels: Mapping[str, Mapping[str, Sequence[tup
     for axes, (cost, series) in zip(grid, panels.items(), strict=False):
         for number, (name, points) in enumerate(series.items()):
             if points:
-                line = "-o" if number == 0 else "--."
-                axes.plot(*zip(*points, strict=True), line, label=name, linewidth=2.2 if number == 0 else 1.3)
+                line, width = ("-o", 2.2) if number == 0 else ("--.", 1.3)
+                # a system has one colour in all panels, also where another has no such cost
+                axes.plot(*zip(*points, strict=True), line, label=name, linewidth=width, color=f"C{number}")
         axes.set(xscale="log", yscale="log", xlabel="segments", ylabel=cost)
         axes.grid(alpha=0.3)
-    grid[0].legend(frameon=False)
+    figure.legend(*grid[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=DPI)
 
 

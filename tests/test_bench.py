@@ -10,7 +10,7 @@ import pytest
 
 from memory_os.adapters.huggingface import HuggingFaceLLM
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
-from memory_os.benchmarks import alr2, dialogues, locomo, needle, peers, riddles, scale, scale_data, scm, xl3m
+from memory_os.benchmarks import alr2, dialogues, locomo, needle, peers, plot, riddles, scale, scale_data, scm, xl3m
 from memory_os.benchmarks.measure import Conversation, Question, Turn, measure
 from memory_os.cli.main import run
 from memory_os.errors import InvalidInputError, UnknownNameError
@@ -339,6 +339,17 @@ def test_scale_stops_a_peer_that_takes_too_long_and_refuses_one_that_it_does_not
     code, _, err = memos("bench", "scale", "--peers", "pinecone")
     assert code == 1
     assert "unknown peer 'pinecone'" in err
+
+
+def test_a_system_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    figures, make = [], plot._figure
+    monkeypatch.setattr(plot, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    points = [(10, 1.0), (100, 2.0)]
+    panels = {"a": {"ours": points, "one": points, "two": points}, "b": {"ours": points, "one": [], "two": points}}
+    plot.costs(tmp_path / "costs.png", "Costs", panels)
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes]
+    assert colours[1].items() <= colours[0].items()
+    assert len(set(colours[0].values())) == 3
 
 
 @pytest.mark.slow
