@@ -126,6 +126,10 @@ WALK = [
     ["stats"], ["stats", "--json"], ["stats", "-n", EVIL],
     ["bank", "--drop"],
     ["doctor"], ["doctor", "--deep"], ["doctor", "--json"],
+    ["worker", "--until-idle", "--no-summaries"], ["worker", "--status"], ["worker", "--status", "--json"],
+    ["migrate", "memory.db", "copy.db"], ["migrate", "first.db", "copy.db", "--verify-only"],
+    ["migrate", "first.db", "copy.db", "--verify-only", "--json"], ["migrate", EVIL, "x.db"],
+    ["migrate", "memory.db", "nowhere/" + EVIL], ["migrate", "memory.db", "x.db", "--vectors", EVIL],
     ["config", "-n", EVIL], ["config", "--json", "-n", EVIL],
     ["stats", "--store", "nowhere/" + EVIL], ["search", "cat", "--embedder", EVIL], ["chat", "--controller", EVIL],
 ]  # fmt: skip
@@ -144,7 +148,8 @@ def test_no_command_passes_a_control_on_to_the_terminal(folder, server, monkeypa
         monkeypatch.setattr(sys, "argv", ["memos", *words])
         monkeypatch.setattr(sys, "stdin", io.StringIO("cat?\n/why\n" if words[0] == "chat" else ""))
         saw[" ".join(words)] = shown_by(run)
-    for words in ("why", "context cat --why", "history", "export -", "chat", "summarize story.txt"):
+    compared = "migrate first.db copy.db --verify-only"
+    for words in ("why", "context cat --why", "history", "export -", "chat", "summarize story.txt", compared):
         assert "PWNED" in saw[words], words  # it was shown, and did nothing
     assert "\x1b[" in saw["why"]  # colours are there
 
