@@ -55,14 +55,18 @@ def ingest(
             scope.ingest, format=format, name=source, pick=pick, restore=restore, progress=progress.stored,
             workers=workers, ray=ray, made=progress.made,
         )  # fmt: skip
-        if file == "-":
-            with tempfile.TemporaryFile() as spool:
-                while block := sys.stdin.buffer.read(1 << 20):
-                    spool.write(block)
-                spool.seek(0)
-                done = how(spool)
-        else:
-            done = how(file)
+        try:
+            if file == "-":
+                with tempfile.TemporaryFile() as spool:
+                    while block := sys.stdin.buffer.read(1 << 20):
+                        spool.write(block)
+                    spool.seek(0)
+                    done = how(spool)
+            else:
+                done = how(file)
+        except KeyboardInterrupt:
+            render.talk().print("Stopped. What was stored stays; run it again to go on, or memos worker to embed it.")
+            raise
     _tell(done, json)
     if settings.derive == "workers" and not (workers or ray):
         render.talk().print("Embedding is left to workers: memos worker")

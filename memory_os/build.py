@@ -197,8 +197,8 @@ def build_parts(
         raise ConfigError(
             'max_pending bounds what waits for workers: open the memory with derive="workers", or without'
         )
-    if max_pending is not None and not 1 <= max_pending <= MOST_PENDING:
-        raise ConfigError(f"max_pending is from 1 to {MOST_PENDING}, not {max_pending}")
+    if max_pending is not None and not (isinstance(max_pending, int) and 1 <= max_pending <= MOST_PENDING):
+        raise ConfigError(f"max_pending is a whole number from 1 to {MOST_PENDING}, not {max_pending!r}")
     address = database_address(path)
     chosen_llm = make_llm(llm) if isinstance(llm, str) else _own_llm(llm)
     chosen_controller = make_controller(controller, controller_options) if isinstance(controller, str) else controller

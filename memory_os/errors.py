@@ -9,6 +9,7 @@ MemoryOSError
 ├── BudgetError           the fixed parts of the context do not fit
 ├── CapabilityError       a controller needs an LLM that can do more
 ├── BacklogFullError      workers are too far behind for more to be stored
+├── EmbedderError         a worker's embedder failed; what is stored stays pending
 ├── StoreError            the store cannot be read or written
 │   ├── SchemaError       the database belongs to another version
 │   └── StoreLockedError  another process owns an embedded index
@@ -24,6 +25,7 @@ __all__ = [
     "BudgetError",
     "CapabilityError",
     "ConfigError",
+    "EmbedderError",
     "InvalidInputError",
     "LLMError",
     "MemoryOSError",
@@ -123,6 +125,17 @@ class CapabilityError(MemoryOSError):
         with_it = "" if capability == "LLM" else f" with {capability}"
         because = f", and {problem}" if problem else ""
         super().__init__(f"controller {controller!r} needs an LLM{with_it}{because}; {adapter} is one")
+
+
+class EmbedderError(MemoryOSError):
+    """A worker's embedder failed, again and again. What it was to embed is stored and stays pending."""
+
+    def __init__(self, embedder: str, problem: str) -> None:
+        self.embedder, self.problem = embedder, problem
+        super().__init__(
+            f"the embedder {embedder} failed: {problem}; all is stored, and what has no vector yet stays pending: run "
+            "it again when the embedder is well"
+        )
 
 
 class BacklogFullError(MemoryOSError):

@@ -235,7 +235,9 @@ class Memory:
         :param batch: how many texts are embedded at a time.
         :param summaries: whether summaries are made, if there is an LLM.
         :param progress: called with ``(vectors, summaries, done a second)`` whenever some are durable.
+        :raises ConfigError: for a batch that is none.
         :raises StoreError: if the store fails five times in a row, where ``until_idle``; otherwise it is tried again.
+        :raises EmbedderError: likewise, if the embedder does.
         """
         from memory_os.worker import Inline
 
@@ -466,8 +468,8 @@ class Scope:
         :raises ConfigError: for workers that cannot be, or an embedder that cannot be sent to other processes.
         :raises InvalidInputError: with the line; what came before it is stored.
         """
-        if not 0 <= workers <= MOST_WORKERS:
-            raise ConfigError(f"workers are from 0 to {MOST_WORKERS}, not {workers}")
+        if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):
+            raise ConfigError(f"workers are a whole number from 0 to {MOST_WORKERS}, not {workers!r}")
         pool: EmbedderPool | None = None
         if ray or workers:
             from memory_os.build import make_pool

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memory_os import turn_summary
 from memory_os.backlog import STEP
-from memory_os.derive import embedded_text, told
-from memory_os.errors import ConfigError, LLMError
+from memory_os.derive import embedded_text, failure_of, told
+from memory_os.errors import ConfigError, EmbedderError, LLMError, MemoryOSError
 from memory_os.protocols import LLM, Embedder, EmbedderPool, ItemStore, Job, RecordStore, WorkQueue, vectors_of
 from memory_os.types import Namespace, Segment
 
@@ -97,8 +97,8 @@ class Worker:
         only: Namespace | None = None,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        if not 1 <= batch <= MOST_TEXTS:
-            raise ConfigError(f"a batch has at least 1 text and at most {MOST_TEXTS}, not {batch}")
+        if not (isinstance(batch, int) and 1 <= batch <= MOST_TEXTS):
+            raise ConfigError(f"a batch has from 1 to {MOST_TEXTS} texts, a whole number, not {batch!r}")
         self._queue, self._store, self._items, self._pool, self._llm = queue, store, items, pool, llm
         self._fingerprint, self._batch, self._only, self._progress = fingerprint, batch, only, progress
         self._shift = ExitStack()
@@ -118,7 +118,7 @@ class Worker:
             (otherwise it is logged, and tried for ever).
         :raises ConfigError: for an embedder that cannot be made where it is to work.
         :raises StoreError: if the store fails.
-        :raises Exception: whatever a foreign embedder raises.
+        :raises EmbedderError: if the embedder does.
         """
         from tenacity import (
             Retrying,
@@ -171,13 +171,23 @@ class Worker:
     def _embed(self, number: int, task: str, stop: Event, looks: bool) -> int:
         at_work: deque[list[Job]] = deque()
         made = 0
-        for vectors, tokens in self._pool.embed(self._batches(number, task, at_work, stop, looks)):
+        embedding = self._pool.embed(self._batches(number, task, at_work, stop, looks))
+        while (embedded := self._next(embedding)) is not None:
+            vectors, tokens = embedded
             jobs = at_work.popleft()
             self._put(task, jobs, vectors, tokens)
             self._n_vectors += len(jobs)
             self._note(number, jobs)
             made += len(jobs)
         return made
+
+    def _next(self, embedding: Iterator[tuple[Matrix, list[bytes] | None]]) -> tuple[Matrix, list[bytes] | None] | None:
+        try:
+            return next(embedding, None)
+        except MemoryOSError:
+            raise
+        except Exception as error:  # whatever a foreign embedder raises
+            raise EmbedderError(self._fingerprint, failure_of(error)) from error
 
     def _batches(
         self, number: int, task: str, at_work: deque[list[Job]], stop: Event, looks: bool
@@ -250,4 +260,6 @@ class Worker:
 
 def _tell(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, EmbedderError):
+        error = error.__cause__
     log.warning("tried again in a while: %s", told(error) if error else "")

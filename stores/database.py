@@ -256,7 +256,7 @@ class Database:
         return open_to_all, [file.name for file in every if ".before-" in file.name]
 
     def files_with(self, texts: Iterable[str]) -> dict[str, list[str]]:
-        """Of the database, its log and its copies, the bank, and the Chroma index."""
+        """Of the database, its log and its copies, the bank, the files of vectors, and the Chroma index."""
         return residue.files_with(self.path, texts)
 
     def mark(self, connection: sa.Connection, numbers: Collection[int]) -> int:

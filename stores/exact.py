@@ -19,7 +19,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from memory_os.errors import ConfigError, StoreError
+from memory_os.errors import StoreError
+from memory_os.stores.rows import check_dimension
 from memory_os.stores.vectorfile import Filed, Unreadable, VectorFile, owned
 from memory_os.types import Namespace
 
@@ -100,7 +101,7 @@ class ExactIndex:
         if k < 1:
             return []
         for dimension in {each.shape[1] for each in (matrix, *(file.vectors for file in files)) if each is not None}:
-            self._check_length(dimension, vector)
+            check_dimension(self._fingerprint, dimension, len(vector))
         places = np.empty(0, dtype=np.int64)
         cosines, their_seqs, floor = places.astype(np.float32), places, -np.inf
         if matrix is not None and seqs is not None and n:
@@ -115,14 +116,6 @@ class ExactIndex:
         found = [*zip(map(ids.__getitem__, places.tolist()), cosines.tolist(), strict=True)]
         found += zip(filed.ids(rows), their_cosines.tolist(), strict=True)
         return [found[at] for at in order.tolist() if found[at][0]]  # without one that was forgotten a moment ago
-
-    def _check_length(self, dimension: int, vector: Vector) -> None:
-        if dimension != len(vector):
-            raise ConfigError(
-                f"the embedder gives {len(vector)} numbers, and the vectors made under its name {self._fingerprint!r} "
-                f"have {dimension}: another model has this name; give it one of its own, such as "
-                "LangChainEmbedder(..., name=...), and open the memory again"
-            )
 
     def similarities(self, namespace: Namespace, vector: Vector, ids: Sequence[str]) -> Vector:
         """The cosines of these segments, in their order, as of the last search; 0 for one that has no vector."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from memory_os.errors import ConfigError, MissingExtraError, StoreError
+from memory_os.errors import MissingExtraError, StoreError
 from memory_os.stores.backend import again
 from memory_os.stores.namespaces import locate
 from memory_os.stores.partitions import create, part_of
+from memory_os.stores.rows import check_dimension, check_lengths
 from memory_os.types import Namespace
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ MAKING = 0x6D656D6F74  # the advisory lock's number
 NO_EXTENSION = (
     "vectors='pgvector' needs the extension vector {version}in the database; install pgvector on the server and, as "
     "its superuser in this database, run: CREATE EXTENSION vector -- or use vectors='exact', which needs nothing"
-)
-OTHER_LENGTH = (
-    "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
-    "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
 )
 OF_ROWS = "FROM vectors WHERE namespace_id = :ns AND fingerprint = :f"
 AT_IT = sa.text(  # the lock of one who makes an index meanwhile
@@ -97,12 +94,7 @@ class PgVectorIndex:
         n = self._synced(namespace)
         if k < 1 or not n:
             return []
-        if self._dimension != len(vector):
-            raise ConfigError(
-                f"the embedder gives {len(vector)} numbers, and the vectors made under its name {self._fingerprint!r} "
-                f"have {self._dimension}: another model has this name; give it one of its own, such as "
-                "LangChainEmbedder(..., name=...), and open the memory again"
-            )
+        check_dimension(self._fingerprint, self._dimension, len(vector))
         bound = "" if upto is None else "AND seq <= :upto"
         with self._database.read(namespace) as connection:
             ns, _ = locate(connection, namespace)
@@ -192,8 +184,7 @@ class PgVectorIndex:
                 register_vector(driver)
                 pks, segment_pks, seqs, blobs = (list(column) for column in zip(*rows, strict=True))
                 made = [np.frombuffer(blob, dtype="<f4") for blob in blobs]
-                if any(len(vector) != self._dimension for vector in made):
-                    raise ConfigError(OTHER_LENGTH.format(self._fingerprint))
+                check_lengths(self._fingerprint, {self._dimension, *map(len, made)})
                 with driver.cursor() as cursor:
                     cursor.execute(ADD.format(self._table), (ns, pks, segment_pks, seqs, made))
                 told = {"ns": ns, "f": self._fingerprint, "last": rows[-1].pk, "n": n + len(rows)}

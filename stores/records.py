@@ -21,7 +21,6 @@ import uuid_utils
 from sqlalchemy import func, select
 
 from memory_os.echo import FIELD, repeated_by
-from memory_os.errors import ConfigError
 from memory_os.lexical import TIME_TERMS, terms_of
 from memory_os.protocols import Deleted, Profiles, State, VectorRows
 from memory_os.redact import Redact, clean_key, clean_segment, clean_trace, cleaned
@@ -37,6 +36,7 @@ from memory_os.stores.rows import (
     as_labels,
     as_seq,
     as_time,
+    check_lengths,
     insert_many,
     own,
     parts,
@@ -70,10 +70,6 @@ __all__ = ["Records"]
 
 SCAN_PAGE = 1000
 MANY = 256  # segments of one call
-OTHER_LENGTH = (
-    "the vectors made under the embedder's name {!r} are of several lengths: it is the name of several models; "
-    "give each a name of its own, such as LangChainEmbedder(..., name=...), and open the memory again"
-)
 
 # Asked in every turn, so as plain SQL: building a statement takes longer than running it.
 _LAST_VECTOR = "(SELECT max(pk) FROM vectors WHERE namespace_id = :ns AND fingerprint = :f)"
@@ -486,8 +482,7 @@ class Records:
         if not found:
             return VectorRows(np.empty(0, dtype=np.int64), [], [], np.empty((0, 0), dtype=np.float32))
         pks, ids, seqs, blobs = zip(*found, strict=True)
-        if len(set(map(len, blobs))) > 1:
-            raise ConfigError(OTHER_LENGTH.format(fingerprint))
+        check_lengths(fingerprint, set(map(len, blobs)))
         matrix = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(len(found), -1).astype(np.float32, copy=False)
         return VectorRows(np.array(pks, dtype=np.int64), list(ids), list(seqs), matrix)
 
@@ -534,8 +529,7 @@ class Records:
                 found += connection.execute(query).all()
         if not found:
             return [], [], np.empty((0, 0), dtype=np.float32)
-        if len({len(row.vector) for row in found}) > 1:
-            raise ConfigError(OTHER_LENGTH.format(fingerprint))
+        check_lengths(fingerprint, {len(row.vector) for row in found})
         matrix = np.frombuffer(b"".join(row.vector for row in found), dtype="<f4").reshape(len(found), -1)
         return [row.id for row in found], [row.seq for row in found], matrix.astype(np.float32, copy=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -13,16 +13,44 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from memory_os.errors import ConfigError
 from memory_os.types import Namespace, Segment
 
 __all__ = [
-    "SEGMENT_COLUMNS", "VECTOR_COLUMNS", "among", "as_labels", "as_seq", "as_time", "holds", "insert", "insert_many",
-    "own", "parts", "to_row", "to_segment", "upsert",
+    "SEGMENT_COLUMNS", "VECTOR_COLUMNS", "among", "as_labels", "as_seq", "as_time", "check_dimension", "check_lengths",
+    "holds", "insert", "insert_many", "own", "parts", "to_row", "to_segment", "upsert",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 IN_LIMIT = 900  # SQLite's limit on bound variables is 999 in old builds
+
+
+def check_dimension(fingerprint: str, stored: int | None, given: int) -> None:
+    """Make sure that a vector can be compared with those that were made under its embedder's name.
+
+    :raises ConfigError: if it has another length.
+    """
+    if stored != given:
+        raise ConfigError(
+            f"the embedder gives {given} numbers, and the vectors made under its name {fingerprint!r} have {stored}: "
+            "another model has this name; give it one of its own, such as LangChainEmbedder(..., name=...), and open "
+            "the memory again"
+        )
+
+
+def check_lengths(fingerprint: str, lengths: Collection[int | None]) -> None:
+    """Make sure that stored vectors are of one length.
+
+    :param lengths: those that there are, each once.
+    :raises ConfigError: if they are not.
+    """
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"the vectors made under the embedder's name {fingerprint!r} are of several lengths: it is the name of "
+            "several models; give each a name of its own, such as LangChainEmbedder(..., name=...), and open the "
+            "memory again"
+        )
 
 
 def as_labels(namespace: Namespace) -> str:

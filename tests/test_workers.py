@@ -23,7 +23,7 @@ from memory_os import AsyncMemory, Memory
 from memory_os.adapters.scripted import HashEmbedder, ScriptedLLM
 from memory_os.cli.main import app
 from memory_os.derive import embedded_text
-from memory_os.errors import BacklogFullError, ConfigError, InvalidInputError, LLMError, MemoryOSError
+from memory_os.errors import BacklogFullError, ConfigError, EmbedderError, InvalidInputError, LLMError, MemoryOSError
 from memory_os.stores.schema import workers
 from memory_os.types import NewSegment
 
@@ -299,7 +299,7 @@ def test_a_worker_that_cannot_embed_gives_up_what_it_has_claimed(place):
             thread.join(60)
 
 
-def test_until_idle_a_failure_is_raised_in_the_end(place, monkeypatch):
+def test_until_idle_a_failure_is_raised_in_the_end(place, monkeypatch, caplog):
     monkeypatch.setattr("memory_os.worker.MOST_WAIT_S", 0.01)
 
     class Away(HashEmbedder):
@@ -312,10 +312,34 @@ def test_until_idle_a_failure_is_raised_in_the_end(place, monkeypatch):
     away = Away()
     with Memory.open(place, embedder=away, derive="workers") as memory:
         memory.namespace(*ALICE).add("kite")
-        with pytest.raises(OSError, match="is away"):
+        with pytest.raises(EmbedderError, match=r"OSError: the model's server is away; .* run it again"):
             memory.work()
         assert away.asked == 5
+        assert "tried again in a while: OSError" in caplog.text
+        assert "server is away" not in caplog.text  # its own words may repeat a text
         assert memory.queue().vectors == 1
+
+
+def test_numbers_that_are_none_are_refused_before_anything_is_stored(place, tmp_path):
+    with pytest.raises(ConfigError, match="max_pending is a whole number from 1"):
+        opened(place, derive="workers", max_pending=2.5)
+    (tmp_path / "notes.md").write_text("A kite.")
+    with opened(place) as memory:
+        with pytest.raises(ConfigError, match="workers are a whole number from 0"):
+            memory.namespace(*ALICE).ingest(tmp_path / "notes.md", workers=1.5)
+        with pytest.raises(ConfigError, match="a whole number, not 'x'"):
+            memory.work(batch="x")
+        assert memory.namespace(*ALICE).stats()["segments"] == 0
+
+
+def test_an_interrupted_bulk_load_says_that_what_was_stored_stays(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memory_os.memory.Scope.ingest", stopped)
+    done = CliRunner().invoke(app, ["ingest", "notes.md", "--store", str(tmp_path / "m.db"), "--embedder", "hash"])
+    assert done.exit_code == 130
+    assert "What was stored stays" in done.stderr
 
 
 def test_summaries_are_made_of_those_that_are_listed(place):
