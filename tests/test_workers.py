@@ -606,7 +606,7 @@ def test_settings_that_cannot_be(tmp_path):
     assert not path.exists()
     with opened(path) as memory:
         for batch in (0, 10**30):
-            with pytest.raises(ConfigError, match="at least 1"):
+            with pytest.raises(ConfigError, match="a batch has from 1 to"):
                 memory.work(batch=batch)
         with pytest.raises(ConfigError, match="not -1"):
             memory.namespace("a").ingest(path, workers=-1)
